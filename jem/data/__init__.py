@@ -1,0 +1,1 @@
+"""Data set format, ingest, decoding, and the stream."""

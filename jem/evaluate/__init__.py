@@ -1,0 +1,1 @@
+"""How an encoder is judged: kNN, linear probe, collapse diagnostics."""

@@ -1,0 +1,1 @@
+"""Joint embedding methods, one file each."""
