@@ -1,0 +1,176 @@
+"""Joining or starting Ray, and checking that a job fits before anything starts."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jem.config import ClusterConfig, StreamConfig
+from jem.errors import InputError
+
+CONNECT_SECONDS = 10.0
+NODE_CHECK_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one machine of the cluster has."""
+
+    id: str
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The Ray cluster that a job runs on."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def cpus(self) -> float:
+        """CPUs of all nodes."""
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of all nodes."""
+        return sum(node.gpus for node in self.nodes)
+
+    def __str__(self) -> str:
+        return f"{len(self.nodes)} node(s), {self.cpus:g} CPUs, {self.gpus:g} GPUs"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a training job is laid on the cluster."""
+
+    gpu: bool
+    """One GPU per train worker."""
+    decode_tasks: int
+    """Decode tasks at a time per train worker."""
+
+
+@contextlib.contextmanager
+def connect(config: ClusterConfig) -> Iterator[Cluster]:
+    """Join the cluster at `address` (or RAY_ADDRESS), or start a Ray of its own that ends with the block.
+
+    A Ray that this process is connected to already is used and left as it is.
+
+    Raises:
+        InputError: No cluster answers at the address.
+    """
+    ours = not ray.is_initialized()
+    if ours:
+        address = config.address or os.environ.get("RAY_ADDRESS")
+        if address:
+            _join(address)
+        else:
+            ray.init(include_dashboard=False, logging_level=logging.ERROR)
+    try:
+        yield _look()
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _look() -> Cluster:
+    nodes = [
+        Node(node["NodeID"], node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return Cluster(tuple(nodes))
+
+
+def _join(address: str) -> None:
+    """Connect to a running cluster; a host that does not answer is found out before Ray begins to retry."""
+    target = urlsplit(address if "://" in address else f"gcs://{address}")
+    advice = "check cluster.address and RAY_ADDRESS, or leave both out to run on this machine"
+    try:
+        if target.hostname and target.port:
+            socket.create_connection((target.hostname, target.port), CONNECT_SECONDS).close()
+        ray.init(address=address, logging_level=logging.ERROR)
+    except (OSError, ConnectionError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"no Ray cluster answers at {address} ({reason}): {advice}") from error
+
+
+def place(config: ClusterConfig, stream: StreamConfig, cluster: Cluster, pool_cpus: float = 0.0) -> Placement:
+    """Check that train workers and their decode tasks fit, and share out the CPUs that are left for decoding.
+
+    `pool_cpus` are the CPUs that each worker's augmentation actors take.
+
+    Raises:
+        InputError: They do not fit; the message says what the cluster has and what was asked for.
+    """
+    gpu = config.gpu if config.gpu is not None else cluster.gpus >= config.workers
+    fits = sum(
+        int(min(node.cpus // config.cpus_per_worker, node.gpus if gpu else float("inf"))) for node in cluster.nodes
+    )
+    asked = f"{config.workers} workers x {config.cpus_per_worker:g} CPUs" + (" and 1 GPU" if gpu else "")
+    if fits < config.workers:
+        raise InputError(
+            f"the cluster has {cluster}, which holds {fits} of {asked}: lower cluster.workers"
+            + (" or set cluster.gpu false" if gpu else " or cluster.cpus_per_worker")
+            + ", or add nodes"
+        )
+    left = cluster.cpus - config.workers * (config.cpus_per_worker + pool_cpus)
+    tasks = int(left / config.workers / stream.decode_cpus + 1e-9)
+    if tasks < 1:
+        raise InputError(
+            f"the cluster has {cluster}; {asked} leave {max(left, 0):g} CPUs for decoding, which needs "
+            f"{stream.decode_cpus:g} per worker: lower cluster.workers, cluster.cpus_per_worker or stream.decode_cpus"
+        )
+    return Placement(gpu=gpu, decode_tasks=min(stream.decode_tasks or tasks, tasks))
+
+
+def check_shared(cluster: Cluster, storage: str, data: str) -> None:
+    """Check that every node can write `storage` and sees `data`, when there are several nodes.
+
+    Raises:
+        InputError: A node cannot, with its address.
+    """
+    if len(cluster.nodes) < 2:
+        return
+    marker = f".jem-{uuid.uuid4().hex}"
+    local = {"storage": storage, "data": data}
+    local = {key: path for key, path in local.items() if "://" not in path}
+    if "storage" in local:
+        (Path(storage) / marker).touch()
+
+    @ray.remote(num_cpus=0)
+    def missing() -> list[str]:
+        lost = []
+        if "storage" in local and not (Path(storage) / marker).exists():
+            lost.append(f"storage {storage}")
+        if "data" in local and not Path(data.split("*")[0]).exists() and not Path(data).parent.exists():
+            lost.append(f"data {data}")
+        return lost
+
+    try:
+        for node in cluster.nodes:
+            strategy = NodeAffinitySchedulingStrategy(node.id, soft=False)
+            try:
+                lost = ray.get(missing.options(scheduling_strategy=strategy).remote(), timeout=NODE_CHECK_SECONDS)
+            except ray.exceptions.GetTimeoutError:
+                raise InputError(
+                    f"node {node.id[:8]} did not answer in {NODE_CHECK_SECONDS:.0f} s: see `ray status`"
+                ) from None
+            if lost:
+                raise InputError(
+                    f"node {node.id[:8]} does not see {' and '.join(lost)}: use a folder that all nodes share, or a URI"
+                )
+    finally:
+        if "storage" in local:
+            (Path(storage) / marker).unlink(missing_ok=True)
