@@ -1,0 +1,130 @@
+"""Draws the parameters of augmentation: one set for each image and each view.
+
+On the CPU, from a generator of its own, so that a resumed run sees the same views, whatever the device. The
+distributions are torchvision's (`RandomResizedCrop`, `ColorJitter`, `GaussianBlur`), drawn for a whole batch at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from jem.config import JitterConfig, ViewConfig
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+CROP_TRIES = 10
+
+
+@dataclass(frozen=True)
+class ViewParams:
+    """What happens to each of N images in one view. All tensors are on the CPU."""
+
+    boxes: Tensor
+    """float64 (N, 4), top, left, height, width of the crop in pixels of the original image; whole numbers."""
+    flip: Tensor
+    """bool (N,), mirrored left to right."""
+    order: Tensor
+    """int64 (N, 4), the jitter operations (0 brightness, 1 contrast, 2 saturation, 3 hue) in the order of their use."""
+    factors: Tensor
+    """float32 (N, 4), factor of brightness, contrast, saturation, and shift of hue in turns; 1, 1, 1, 0 for no jitter."""
+    grey: Tensor
+    """bool (N,)."""
+    sigma: Tensor
+    """float32 (N,), standard deviation of the blur in pixels of the view; 0 for none."""
+    solarize: Tensor
+    """bool (N,)."""
+
+    def __len__(self) -> int:
+        return self.boxes.shape[0]
+
+    def rows(self, start: int, stop: int) -> ViewParams:
+        """The parameters of images `start` to `stop`, without copying."""
+        return ViewParams(**{name: value[start:stop] for name, value in vars(self).items()})
+
+
+def generator(seed: int, epoch: int, step: int, rank: int) -> Generator:
+    """A generator for one worker's one step: the same four numbers give the same draws on any machine."""
+    words = np.random.SeedSequence([abs(seed), epoch, step, rank]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(words[0]))
+
+
+def draw(view: ViewConfig, size: Tensor, generator: Generator) -> ViewParams:
+    """Draw the parameters of one view of N images.
+
+    Args:
+        view: the view's distributions.
+        size: integer (N, 2), height and width of each original image, on the CPU.
+        generator: is advanced by a number of draws that depends on N and `view` only.
+    """
+    count = size.shape[0]
+
+    def happens(probability: float) -> Tensor:
+        return torch.rand(count, generator=generator) < probability
+
+    boxes = crop_boxes(size, view.scale, view.ratio, generator)
+    flip = happens(view.flip)
+    order, factors = jitter(view.jitter, count, generator)
+    grey = happens(view.grey)
+    sigma = torch.zeros(count)
+    if view.blur is not None:
+        low, high = view.blur.sigma
+        drawn = low + (high - low) * torch.rand(count, generator=generator)
+        sigma = torch.where(happens(view.blur.p), drawn, sigma)
+    return ViewParams(boxes, flip, order, factors, grey, sigma, happens(view.solarize))
+
+
+def crop_boxes(size: Tensor, scale: tuple[float, float], ratio: tuple[float, float], generator: Generator) -> Tensor:
+    """Sample crops as torchvision's `RandomResizedCrop.get_params` does.
+
+    Area share uniform in `scale`, aspect (width / height) log-uniform in `ratio`, ten tries to fit the image, then the
+    largest central crop whose aspect is in range. Returns float64 (N, 4): top, left, height, width, whole numbers.
+    """
+    count = size.shape[0]
+    height, width = size.to(torch.float64).unbind(1)
+    area_draw, aspect_draw = torch.rand(2, CROP_TRIES, count, generator=generator, dtype=torch.float64)
+    place_draw = torch.rand(2, count, generator=generator, dtype=torch.float64)
+
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * area_draw)
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = torch.exp(low + (high - low) * aspect_draw)
+    tried_w = torch.sqrt(area * aspect).round()
+    tried_h = torch.sqrt(area / aspect).round()
+    fits = (tried_w > 0) & (tried_w <= width) & (tried_h > 0) & (tried_h <= height)
+    first = fits.to(torch.uint8).argmax(dim=0, keepdim=True)  # 0 where none fits
+    crop_w, crop_h = tried_w.gather(0, first)[0], tried_h.gather(0, first)[0]
+    top = torch.floor(place_draw[0] * (height - crop_h + 1))
+    left = torch.floor(place_draw[1] * (width - crop_w + 1))
+
+    # torchvision's fallback; a crop never becomes empty here, though one of a 1 x 1000 image would there
+    tall, wide = width < height * min(ratio), width > height * max(ratio)
+    central_w = torch.where(wide, (height * max(ratio)).round(), width).clamp_min(1)
+    central_h = torch.where(tall, (width / min(ratio)).round(), height).clamp_min(1)
+    central = torch.stack(
+        [((height - central_h) / 2).floor(), ((width - central_w) / 2).floor(), central_h, central_w], dim=1
+    )
+    return torch.where(fits.any(dim=0)[:, None], torch.stack([top, left, crop_h, crop_w], dim=1), central)
+
+
+def jitter(config: JitterConfig | None, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Order int64 (N, 4) and factors float32 (N, 4) of colour jitter, as torchvision's `ColorJitter` draws them.
+
+    Brightness, contrast and saturation are uniform in [max(0, 1 - x), 1 + x], hue in [-x, x] turns; each image has its
+    own order. With probability 1 - p an image's factors are those that change nothing.
+    """
+    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    if config is None:
+        return torch.arange(4).expand(count, 4), neutral.expand(count, 4)
+    order = torch.rand(count, 4, generator=generator).argsort(dim=1)
+    spread = torch.tensor([config.brightness, config.contrast, config.saturation, config.hue])
+    low, high = neutral - spread, neutral + spread
+    low[:HUE].clamp_(min=0)
+    factors = low + (high - low) * torch.rand(count, 4, generator=generator)
+    happens = torch.rand(count, 1, generator=generator) < config.p
+    return order, torch.where(happens, factors, neutral)
