@@ -1,0 +1,55 @@
+"""Supervised baseline: cross entropy on the labels, for comparison with what is learnt without them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from jem.distributed import gather
+from jem.methods.base import Method, StepOutput, at_least_float32
+from jem.models.backbones import Backbone, build_backbone
+
+if TYPE_CHECKING:
+    from jem.batch import Views
+    from jem.config import BackboneConfig, SupervisedConfig
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean over the labelled images; logits (N, K), labels int64 (N,), -1 where there is none, to a scalar."""
+    return functional.cross_entropy(logits, labels, ignore_index=-1, label_smoothing=label_smoothing)
+
+
+class Supervised(Method):
+    """Backbone and linear classifier; the loss is averaged over the views."""
+
+    def __init__(self, config: SupervisedConfig, backbone: BackboneConfig, classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.network = build_backbone(backbone)
+        self.classifier = nn.Linear(self.network.dim, classes)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The one there is."""
+        return self.network
+
+    def forward(self, views: Views) -> StepOutput:
+        """Cross entropy of every view, averaged; the embedding is the logits."""
+        representations = [self.network(view) for view in views.views]
+        logits = [at_least_float32(self.classifier(y)) for y in representations]
+        labels = gather(views.label)
+        with torch.autocast(labels.device.type, enabled=False):
+            every = [gather(each) for each in logits]
+            losses = [cross_entropy(each, labels, self.config.label_smoothing) for each in every]
+            loss = torch.stack(losses).mean()
+        labelled = labels >= 0
+        right = (every[0].argmax(dim=1) == labels) & labelled
+        return StepOutput(
+            loss,
+            embedding=logits[0].detach(),
+            representation=at_least_float32(representations[0].detach()),
+            terms={"cross_entropy": loss.detach(), "accuracy": right.sum() / labelled.sum()},
+        )
