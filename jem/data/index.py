@@ -1,0 +1,352 @@
+"""The index of a data set: which rows are where, from the footers of its Parquet shards.
+
+Read once, in parallel, and cached; small arrays, so that it can be sent to every task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import fsspec.core
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+from jem.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+FOOTER_THREADS = 16
+CACHE_VERSION = 1
+SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|dev)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """A data set of R row groups in F files, in the order of the files' names.
+
+    A row's *position*, 0 ... len(index) - 1, counts rows in this order.
+    """
+
+    uri: str
+    """What was opened, absolute."""
+    files: tuple[str, ...]
+    """Paths in the file system `filesystem()`."""
+    file: NDArray[np.int32]
+    """(R,) which file."""
+    row_group: NDArray[np.int32]
+    """(R,) which row group of that file."""
+    rows: NDArray[np.int64]
+    """(R,) how many of its rows are used."""
+    start: NDArray[np.int64]
+    """(R,) position of its first row."""
+    bytes: NDArray[np.int64]
+    """(R,) size of its images in the file."""
+    image_column: str
+    label_column: str | None
+    """An integer column, or None."""
+    has_id: bool
+    """Whether there is a column `id`; without one, ids are positions."""
+    classes: tuple[str, ...] | None
+    """Names of the labels 0 ... C - 1, where the schema has them."""
+
+    def __len__(self) -> int:
+        return int(self.rows.sum())
+
+    def filesystem(self) -> pafs.FileSystem:
+        """The file system that `files` are in."""
+        return _resolve(self.uri)[0]
+
+
+def open_index(data: str | Sequence[str], limit: int | None = None) -> Index:
+    """Index a data set.
+
+    Args:
+        data: Folder, file or glob of Parquet shards, local or a URI that `pyarrow.fs` or fsspec opens; or a list of
+            files, in which each entry counts, duplicates too.
+        limit: Use only the first so many rows.
+
+    Raises:
+        InputError: No such data, no Parquet in it, more than one split in it, no rows, no images, a corrupt shard.
+    """
+    uri = data if isinstance(data, str) else next(iter(data), "")
+    filesystem, _ = _resolve(uri)
+    try:
+        infos = _shards(filesystem, data)
+        uri = _absolute(uri)
+        cache = _cache_file(uri, infos)
+        index = _read_cache(cache, uri)
+        if index is None:
+            index = _build(filesystem, uri, infos)
+            _write_cache(cache, index)
+    except OSError as error:
+        raise InputError(f"cannot read {uri}: {_one_line(error)}; check the path and the permissions") from error
+    if len(index) == 0:
+        raise InputError(f"{uri} has no rows: give a data set with images")
+    return index if limit is None else _first(index, limit)
+
+
+def _absolute(uri: str) -> str:
+    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+
+
+def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """File system and the path in it; Arrow's own file systems first, then fsspec's."""
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), _absolute(uri)
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        try:
+            other, path = fsspec.core.url_to_fs(uri)
+        except (ValueError, ImportError) as error:
+            raise InputError(
+                f"cannot open {uri}: {_one_line(error)}; give a folder or a URI that fsspec opens"
+            ) from error
+        return pafs.PyFileSystem(pafs.FSSpecHandler(other)), path
+    except OSError as error:
+        raise InputError(f"cannot open {uri}: {_one_line(error)}; check the address and the credentials") from error
+    return filesystem, path
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+# --- which files ------------------------------------------------------------------------------------------------------
+
+
+def _shards(filesystem: pafs.FileSystem, data: str | Sequence[str]) -> list[pafs.FileInfo]:
+    if not isinstance(data, str):
+        return [info for item in data for info in _one_file(filesystem, item)]
+    path = _resolve(data)[1]
+    info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.File:
+        return [info]
+    if info.type == pafs.FileType.Directory:
+        return _in_folder(filesystem, data, path)
+    if any(mark in path for mark in "*?["):
+        return _matching(filesystem, data, path)
+    raise InputError(f'no data at {data}: give a folder of Parquet shards, or make one with "jem ingest"')
+
+
+def _one_file(filesystem: pafs.FileSystem, item: str) -> list[pafs.FileInfo]:
+    info = filesystem.get_file_info(_resolve(item)[1])
+    if info.type != pafs.FileType.File:
+        raise InputError(f"no file {item}: a list of shards must name Parquet files")
+    return [info]
+
+
+def _visible(path: str, base: str) -> bool:
+    parts = PurePosixPath(path[len(base) :].lstrip("/")).parts
+    return not any(part.startswith(("_", ".")) for part in parts)
+
+
+def _parquet(infos: Iterable[pafs.FileInfo], base: str) -> list[pafs.FileInfo]:
+    found = [info for info in infos if info.type == pafs.FileType.File and info.extension == "parquet"]
+    return sorted((info for info in found if _visible(info.path, base)), key=lambda info: str(info.path))
+
+
+def _in_folder(filesystem: pafs.FileSystem, data: str, path: str) -> list[pafs.FileInfo]:
+    entries = filesystem.get_file_info(pafs.FileSelector(path))
+    found = _parquet(entries, path)
+    if not found:
+        below = _parquet(filesystem.get_file_info(pafs.FileSelector(path, recursive=True)), path)
+        if below:
+            folders = sorted({str(PurePosixPath(info.path).parent.relative_to(path)) for info in below})
+            some = ", ".join(f"{data.rstrip('/')}/{folder}" for folder in folders[:4])
+            raise InputError(f"{data} holds no Parquet files itself, but its folders do: give one of them ({some})")
+        if not [entry for entry in entries if _visible(entry.path, path)]:
+            raise InputError(f'{data} is empty: give a folder of Parquet shards, or make one with "jem ingest"')
+        raise InputError(f'{data} has no Parquet files: make a data set of it with "jem ingest {data} DEST"')
+    splits = {match[1].lower() for info in found if (match := SPLIT_NAME.match(info.base_name))}
+    if len(splits) > 1:
+        globs = " or ".join(f"'{data.rstrip('/')}/{split}-*.parquet'" for split in sorted(splits))
+        raise InputError(f"{data} mixes the splits {', '.join(sorted(splits))}: give one of them, {globs}")
+    return found
+
+
+def _matching(filesystem: pafs.FileSystem, data: str, path: str) -> list[pafs.FileInfo]:
+    parts = PurePosixPath(path).parts
+    fixed = next(number for number, part in enumerate(parts) if any(mark in part for mark in "*?["))
+    base = str(PurePosixPath(*parts[:fixed]))
+    deep = len(parts) - fixed > 1
+    found = filesystem.get_file_info(pafs.FileSelector(base, recursive=deep, allow_not_found=True))
+    shards = [info for info in _parquet(found, base) if PurePosixPath(info.path).match(path)]
+    if not shards:
+        raise InputError(f"no Parquet files match {data}: check the pattern")
+    return shards
+
+
+# --- footers ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Footer:
+    schema: pa.Schema
+    rows: list[int]
+    bytes: list[int]
+
+
+def _build(filesystem: pafs.FileSystem, uri: str, infos: list[pafs.FileInfo]) -> Index:
+    paths = [str(info.path) for info in infos]
+    different = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        footers = dict(zip(different, pool.map(lambda path: _footer(filesystem, path), different), strict=True))
+    schema = footers[paths[0]].schema
+    image = _image_column(schema, paths[0])
+    label, classes = _labels(schema)
+    has_id = _is_integer(schema, "id")
+    for path in different:
+        _same_columns(
+            footers[path].schema, path, [image, *([label] if label else []), *(["id"] if has_id else [])], paths[0]
+        )
+    counts = [len(footers[path].rows) for path in paths]
+    rows = np.array([count for path in paths for count in footers[path].rows], np.int64)
+    return Index(
+        uri=uri,
+        files=tuple(paths),
+        file=np.repeat(np.arange(len(paths), dtype=np.int32), counts),
+        row_group=np.concatenate([np.arange(count, dtype=np.int32) for count in counts]),
+        rows=rows,
+        start=np.cumsum(rows) - rows,
+        bytes=np.array([size for path in paths for size in footers[path].bytes], np.int64),
+        image_column=image,
+        label_column=label,
+        has_id=has_id,
+        classes=classes,
+    )
+
+
+def _footer(filesystem: pafs.FileSystem, path: str) -> _Footer:
+    try:
+        with filesystem.open_input_file(path) as source:
+            parquet = pq.ParquetFile(source)
+            groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
+            sizes = [sum(group.column(c).total_compressed_size for c in range(group.num_columns)) for group in groups]
+            return _Footer(parquet.schema_arrow, [group.num_rows for group in groups], sizes)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a readable Parquet file ({_one_line(error)}): repair or remove it") from error
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        number = kind.get_field_index("bytes")
+        return number >= 0 and _holds_images(kind.field(number).type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _image_column(schema: pa.Schema, path: str) -> str:
+    candidates = [field.name for field in schema if _holds_images(field.type)]
+    if "image" in candidates:
+        return "image"
+    if len(candidates) == 1:
+        return str(candidates[0])
+    columns = ", ".join(schema.names)
+    what = f"{len(candidates)} columns that may be images" if candidates else "no image column"
+    raise InputError(
+        f"{path} has {what}; its columns are {columns}: name one of type binary or struct<bytes, path> 'image'"
+    )
+
+
+def _is_integer(schema: pa.Schema, name: str) -> bool:
+    number = schema.get_field_index(name)
+    return number >= 0 and bool(pa.types.is_integer(schema.field(number).type))
+
+
+def _labels(schema: pa.Schema) -> tuple[str | None, tuple[str, ...] | None]:
+    """The column `label`, or else the only one that the Hugging Face metadata calls a class label."""
+    features: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    labels = [name for name, feature in features.items() if isinstance(feature, dict) and "names" in feature]
+    labels = [name for name in labels if _is_integer(schema, name)]
+    column = "label" if _is_integer(schema, "label") else labels[0] if len(labels) == 1 else None
+    names = features[column]["names"] if column in labels else None
+    return column, tuple(map(str, names)) if names else None
+
+
+def _same_columns(schema: pa.Schema, path: str, columns: list[str], first: str) -> None:
+    missing = [name for name in columns if name not in schema.names]
+    if missing:
+        raise InputError(f"{path} has no column {', '.join(missing)}, which {first} has: give shards of one data set")
+
+
+def _first(index: Index, limit: int) -> Index:
+    if limit < 1:
+        raise InputError(f"limit must be at least 1, not {limit}")
+    if limit >= len(index):
+        return index
+    groups = int(np.searchsorted(index.start, limit, side="left"))
+    rows = index.rows[:groups].copy()
+    rows[-1] = limit - index.start[groups - 1]
+    arrays = {name: getattr(index, name)[:groups] for name in ("file", "row_group", "start", "bytes")}
+    others = ("uri", "files", "image_column", "label_column", "has_id", "classes")
+    return Index(rows=rows, **arrays, **{name: getattr(index, name) for name in others})
+
+
+# --- cache ------------------------------------------------------------------------------------------------------------
+
+
+def _cache_file(uri: str, infos: list[pafs.FileInfo]) -> Path:
+    what = [CACHE_VERSION, uri, [[info.path, info.size, info.mtime_ns] for info in infos]]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(root) / "jem" / "index" / f"{key[:32]}.npz"
+
+
+def _read_cache(path: Path, uri: str) -> Index | None:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            head = json.loads(str(stored["head"]))
+            arrays = {name: stored[name] for name in ("row_group", "rows", "start", "bytes")}
+            shard = stored["shard"]
+        classes = tuple(head["classes"]) if head["classes"] is not None else None
+        return Index(
+            uri=uri,
+            files=tuple(head["files"]),
+            file=shard,
+            image_column=head["image_column"],
+            label_column=head["label_column"],
+            has_id=head["has_id"],
+            classes=classes,
+            **arrays,
+        )
+    except (OSError, ValueError, KeyError, TypeError):  # absent or damaged: it is only a cache
+        return None
+
+
+def _write_cache(path: Path, index: Index) -> None:
+    names = ("files", "image_column", "label_column", "has_id", "classes")
+    head = json.dumps({name: getattr(index, name) for name in names})
+    with contextlib.suppress(OSError):  # a home that cannot be written costs time, nothing else
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        try:
+            with os.fdopen(number, "wb") as file:
+                np.savez(
+                    file,
+                    head=np.array(head),
+                    shard=index.file,
+                    row_group=index.row_group,
+                    rows=index.rows,
+                    start=index.start,
+                    bytes=index.bytes,
+                )
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise

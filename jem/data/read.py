@@ -1,0 +1,160 @@
+"""Reads and decodes the images of a window, or of any rows: what a decode task does, and what a test does without Ray."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from jem.batch import Batch
+from jem.data.decode import DecodeError, decode_canvas
+from jem.errors import RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from jem.config import StreamConfig
+    from jem.data.index import Index
+    from jem.data.plan import Plan, Position, Window
+
+Arrays = dict[str, np.ndarray]
+"""`image` uint8 (n, S, S, 3), `size` int32 (n, 2), `id` and `label` int64 (n,)."""
+
+
+def read_window(index: Index, plan: Plan, window: Window, canvas: int, pixel_limit: int) -> Iterator[Arrays]:
+    """The batches of a window, one by one, each decoded when it is asked for.
+
+    Raises:
+        RunError: An image that cannot be decoded, or a shard that cannot be read.
+    """
+    rows = Rows(index, *plan.order(window))
+    for first in range(0, len(rows), plan.batch_per_worker):
+        yield rows.decode(first, first + plan.batch_per_worker, canvas, pixel_limit)
+
+
+def local_batches(
+    index: Index, plan: Plan, stream: StreamConfig, rank: int, start: Position, stop_epoch: int
+) -> Iterator[Batch]:
+    """The stream of one worker without Ray, in this process: the same batches in the same order."""
+    for window in plan.windows(rank, start, stop_epoch):
+        for arrays in read_window(index, plan, window, stream.canvas, stream.pixel_limit):
+            yield as_batch(arrays)
+
+
+def read_rows(index: Index, positions: ArrayLike, canvas: int, pixel_limit: int) -> Batch:
+    """Any rows by their positions, in the order given: for samples, not for a stream.
+
+    Raises:
+        IndexError: A position outside the data set.
+        RunError: An image that cannot be decoded, or a shard that cannot be read.
+    """
+    wanted = np.asarray(positions, np.int64)
+    if wanted.size and (wanted.min() < 0 or wanted.max() >= len(index)):
+        raise IndexError(f"positions must be in 0 ... {len(index) - 1}")
+    groups = np.searchsorted(index.start, wanted, side="right") - 1
+    rows = Rows(index, groups, wanted - index.start[groups])
+    return as_batch(rows.decode(0, len(rows), canvas, pixel_limit))
+
+
+def as_batch(arrays: Mapping[str, np.ndarray], *, pin_memory: bool = False) -> Batch:
+    """Tensors of these arrays; `image` becomes an NCHW view in channels_last memory, without a copy.
+
+    Args:
+        arrays: As `read_window` makes them. Read-only ones, such as those in Ray's object store, are copied.
+        pin_memory: Copy into page-locked memory, from which a GPU can read while it computes.
+    """
+    return Batch(
+        image=_tensor(arrays["image"], pin_memory).permute(0, 3, 1, 2),
+        size=_tensor(arrays["size"], pin_memory),
+        id=_tensor(arrays["id"], pin_memory),
+        label=_tensor(arrays["label"], pin_memory),
+    )
+
+
+def _tensor(array: np.ndarray, pin_memory: bool) -> torch.Tensor:
+    if array.flags.writeable and not pin_memory:
+        return torch.from_numpy(array)
+    kind = torch.from_numpy(np.empty(0, array.dtype)).dtype
+    tensor = torch.empty(array.shape, dtype=kind, pin_memory=pin_memory)
+    np.copyto(tensor.numpy(), array)
+    return tensor
+
+
+class Rows:
+    """Encoded images of some rows, read from storage, with their ids and labels, in the order asked for."""
+
+    def __init__(self, index: Index, groups: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
+        """Read each row group once, and of it only the columns that are needed.
+
+        Args:
+            index: Of the data set.
+            groups: (n,) number in the index of each row's row group.
+            rows: (n,) row within it.
+        """
+        self._index, self._groups, self._rows = index, groups, rows
+        self._encoded: list[bytes | None] = [None] * len(groups)
+        self._id = index.start[groups] + rows
+        self._label = np.full(len(groups), -1, np.int64)
+        order = np.argsort(groups, kind="stable")  # by file and row group
+        cuts = np.flatnonzero(np.diff(groups[order])) + 1
+        opened: tuple[int, pq.ParquetFile] | None = None
+        try:
+            for where in np.split(order, cuts) if len(order) else []:
+                group = int(groups[where[0]])
+                number = int(index.file[group])
+                if opened is None or opened[0] != number:
+                    opened = number, self._open(number)
+                self._read(opened[1], group, where)
+        except (OSError, pa.ArrowException) as error:
+            name = index.files[number]
+            raise RunError(f"cannot read {name} ({error}): check the file, and whether it changed since") from error
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def _open(self, number: int) -> pq.ParquetFile:
+        return pq.ParquetFile(self._index.filesystem().open_input_file(self._index.files[number]), pre_buffer=True)
+
+    def _read(self, parquet: pq.ParquetFile, group: int, where: NDArray[np.int64]) -> None:
+        index = self._index
+        others = [name for name in (index.label_column, "id" if index.has_id else None) if name]
+        struct = pa.types.is_struct(parquet.schema_arrow.field(index.image_column).type)
+        image = f"{index.image_column}.bytes" if struct else index.image_column
+        table = parquet.read_row_group(int(index.row_group[group]), columns=[image, *others], use_threads=False)
+        table = table.take(pa.array(self._rows[where]))
+        column = table.column(index.image_column)
+        chunks = [chunk.field("bytes") if struct else chunk for chunk in column.chunks]
+        encoded = [item for chunk in chunks for item in chunk.to_pylist()]
+        for at, item in zip(where.tolist(), encoded, strict=True):
+            self._encoded[at] = item
+        if index.has_id:
+            self._id[where] = table.column("id").to_numpy()
+        if index.label_column:
+            self._label[where] = table.column(index.label_column).cast(pa.int64()).fill_null(-1).to_numpy()
+
+    def decode(self, low: int, high: int, canvas: int, pixel_limit: int) -> Arrays:
+        """Decode the rows `low` ... `high` - 1; what was encoded is forgotten."""
+        high = min(high, len(self))
+        image = np.empty((high - low, canvas, canvas, 3), np.uint8)
+        size = np.empty((high - low, 2), np.int32)
+        for number in range(high - low):
+            data, self._encoded[low + number] = self._encoded[low + number], None
+            try:
+                if data is None:
+                    raise DecodeError("no bytes")
+                _, size[number] = decode_canvas(data, canvas, pixel_limit, out=image[number])
+            except DecodeError as error:
+                raise RunError(self._undecodable(low + number, error)) from error
+        return {"image": image, "size": size, "id": self._id[low:high], "label": self._label[low:high]}
+
+    def _undecodable(self, at: int, error: DecodeError) -> str:
+        group = int(self._groups[at])
+        return (
+            f"cannot decode the image in row {self._rows[at]} of row group {self._index.row_group[group]} of "
+            f'{self._index.files[self._index.file[group]]} ({error}): "jem ingest" on this data set sets such images apart'
+        )
