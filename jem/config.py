@@ -203,10 +203,11 @@ class TrainConfig(Section):
     accumulate: PositiveInt = Field(1, description="split each worker's batch into so many forward passes")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 is autocast; losses stay in float32")
     channels_last: bool = True
-    compile: bool = Field(False, description="torch.compile the networks")
+    compile: bool = Field(False, description="torch.compile the backbone")
     sync_bn: bool = Field(True, description="batch norm statistics over the global batch")
     clip_norm: PositiveFloat | None = Field(None, description="limit of the gradient's norm")
     log_every: PositiveInt = Field(10, description="steps between logged metrics")
+    health_every: PositiveInt = Field(50, description="steps between collapse diagnostics; each epoch ends with one too")
     checkpoint_every: PositiveInt | None = Field(None, description="steps between checkpoints; default: each epoch's end")
     keep_checkpoints: PositiveInt = Field(2, description="how many of the latest are kept")
 
@@ -379,3 +380,22 @@ class DemoConfig(Section):
     workers: PositiveInt = 2
     seed: int = Field(0, ge=0)
     track: TrackConfig = TrackConfig(experiment="jem-demo", register_as="demo-digits", alias="champion")
+
+
+class DoctorConfig(Section):
+    """Versions, devices, decoders, Ray, MLflow, storage: what works, and what to do about the rest."""
+
+    storage: str = Field("runs", description="folder or URI that all nodes can write, to be tested")
+    deadline: PositiveFloat = Field(60.0, description="seconds that Ray, and that MLflow, may take to answer")
+    cluster: ClusterConfig = ClusterConfig()
+    track: TrackConfig = TrackConfig()
+
+
+class RecipesListConfig(Section):
+    """The recipes that ship with jem."""
+
+
+class RecipesShowConfig(Section):
+    """The YAML of a recipe."""
+
+    name: str = Field(description="name of the recipe")
