@@ -1,0 +1,332 @@
+"""The stream on Ray Data: tasks anywhere in the cluster read and decode, each train worker takes its batches in order.
+
+One row of these Ray data sets is one *batch*: so Ray never cuts a batch or joins two, and a batch goes from the object
+store to a tensor in one copy. What is read is a manifest of windows (`plan.py`), a few integers each. Long runs are cut
+into spans of windows, one execution each, of which the next begins before the last ends: no gap between epochs, and no
+millions of objects at the start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import queue
+import threading
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from ray.data import ExecutionResources, TaskPoolStrategy
+
+from jem.batch import Batch, Views
+from jem.data.plan import Piece, Plan, Position, Window
+from jem.data.read import Arrays, Rows, as_batch, read_window
+from jem.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from jem.config import AugmentConfig, StreamConfig
+    from jem.data.index import Index
+
+SPAN = 512
+"""Windows in one Ray Data execution."""
+STORE_SHARE = 0.3
+"""Of the object store, for all workers' streams together; Ray Data alone would take half of it for each."""
+CHUNK_BYTES = 32 * 2**20
+"""Decoded images in one block of `dataset`, and the least that a decode task sends in one block."""
+DEADLINE = 300.0
+"""Seconds in which a batch must come."""
+
+Make = Callable[[Batch, Position], Views] if TYPE_CHECKING else Any
+
+
+def decode_tasks(stream: StreamConfig, cpus: float, reserved: float, world: int) -> int:
+    """Decode tasks at a time per worker: what is set, or one per CPU of the cluster, shared, if they have a place.
+
+    Args:
+        stream: Its `decode_tasks`, if set, is the answer; otherwise `decode_cpus` limits it.
+        cpus: CPUs of the cluster.
+        reserved: CPUs of it that the train workers reserve.
+        world: Number of train workers.
+
+    Raises:
+        InputError: Not one task has a place beside the train workers.
+    """
+    places = math.floor((cpus - reserved) / stream.decode_cpus + 1e-6)
+    if places < 1:
+        raise InputError(
+            f"no CPU is left to decode images: the cluster has {cpus:g}, its train workers reserve {reserved:g}, one decode "
+            f"task needs {stream.decode_cpus:g}; lower cluster.workers, cluster.cpus_per_worker or stream.decode_cpus"
+        )
+    if stream.decode_tasks is not None:
+        return stream.decode_tasks
+    return max(1, min(places, math.ceil(cpus)) // world)
+
+
+def ray_batches(
+    index: Index,
+    plan: Plan,
+    stream: StreamConfig,
+    rank: int,
+    start: Position,
+    stop_epoch: int,
+    *,
+    decode_tasks: int,
+    pin_memory: bool = False,
+    deadline: float = DEADLINE,
+) -> Iterator[Batch]:
+    """One worker's batches from a position to the end of the epoch before `stop_epoch`, in the plan's order.
+
+    They are `plan.positions(start, stop_epoch)`, one by one; `local_batches` gives the same ones without Ray. Closing
+    the iterator ends the decoding.
+
+    Args:
+        index: Of the data set.
+        plan: The order.
+        stream: `canvas`, `decode_cpus`, `prefetch` and `pixel_limit` are used.
+        rank: Of this worker in the plan's world.
+        start: First step wanted.
+        stop_epoch: First epoch not wanted.
+        decode_tasks: How many at a time, at most, for this worker.
+        pin_memory: Put the batches into page-locked memory.
+        deadline: Seconds in which each batch must come, the first one included.
+
+    Raises:
+        RunError: An image cannot be decoded, a shard cannot be read, or no batch came before the deadline.
+    """
+
+    def execution(windows: Sequence[Window]) -> ray.data.Dataset:
+        return _decoded(index, plan, stream, windows, decode_tasks)
+
+    windows = plan.windows(rank, start, stop_epoch)
+    for row in _rows(windows, execution, decode_tasks, stream, deadline):
+        yield as_batch({name: row[name] for name in ("image", "size", "id", "label")}, pin_memory=pin_memory)
+
+
+def views_batches(
+    index: Index,
+    plan: Plan,
+    stream: StreamConfig,
+    rank: int,
+    start: Position,
+    stop_epoch: int,
+    *,
+    decode_tasks: int,
+    augment: AugmentConfig,
+    make: Callable[[], Make],
+    deadline: float = DEADLINE,
+) -> Iterator[Views]:
+    """Like `ray_batches`, but actors of Ray Data make the views too (`augment.placement: pool`).
+
+    Args:
+        index, plan, stream, rank, start, stop_epoch, decode_tasks, deadline: As in `ray_batches`.
+        augment: `pool_actors`, `pool_cpus` and `pool_gpus` are used.
+        make: Called once in each actor, returns what makes the views of a batch at a position.
+    """
+
+    def execution(windows: Sequence[Window]) -> ray.data.Dataset:
+        return _decoded(index, plan, stream, windows, decode_tasks).map_batches(
+            _ViewMaker,
+            fn_constructor_args=(make,),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=augment.pool_actors),
+            num_cpus=augment.pool_cpus,
+            num_gpus=augment.pool_gpus,
+        )
+
+    windows = plan.windows(rank, start, stop_epoch)
+    for row in _rows(windows, execution, decode_tasks, stream, deadline):
+        count = sum(name.startswith("view_") for name in row)
+        views = [torch.from_numpy(np.array(row[f"view_{number}"])).permute(0, 3, 1, 2) for number in range(count)]
+        yield Views(views, torch.from_numpy(np.array(row["id"])), torch.from_numpy(np.array(row["label"])))
+
+
+def dataset(index: Index, canvas: int, pixel_limit: int, *, decode_cpus: float = 0.25) -> ray.data.Dataset:
+    """All images once, in storage order, one per row: for evaluation and embedding.
+
+    Columns are `image` uint8 (S, S, 3), `size` int32 (2,) height and width before squashing, `id` and `label` int64.
+    """
+    per_block = max(1, CHUNK_BYTES // (canvas * canvas * 3))
+
+    def decode(manifest: pa.Table) -> Iterator[Arrays]:
+        for group in manifest.column("group").to_pylist():
+            count = int(index.rows[group])
+            rows = Rows(index, np.full(count, group), np.arange(count))
+            for low in range(0, count, per_block):
+                yield rows.decode(low, low + per_block, canvas, pixel_limit)
+
+    together = -(-len(index.rows) // (8 * SPAN))  # so that even a very large set has few thousand tasks
+    groups = np.arange(len(index.rows))
+    blocks = [pa.table({"group": groups[low : low + together]}) for low in range(0, len(groups), together)]
+    manifest = _manifest(blocks)
+    return manifest.map_batches(decode, batch_format="pyarrow", batch_size=None, num_cpus=decode_cpus)
+
+
+# --- executions -------------------------------------------------------------------------------------------------------
+
+
+def _manifest(blocks: list[pa.Table]) -> ray.data.Dataset:
+    """A data set with settings of its own: those of the process stay as they are."""
+    manifest = ray.data.from_arrow(blocks)
+    context = manifest.context
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = CHUNK_BYTES
+    return manifest
+
+
+def _decoded(index: Index, plan: Plan, stream: StreamConfig, windows: Sequence[Window], tasks: int) -> ray.data.Dataset:
+    """One block per window in, one row per batch out, each with its epoch and step."""
+    canvas, pixel_limit = stream.canvas, stream.pixel_limit
+
+    def decode(manifest: pa.Table) -> Iterator[Arrays]:
+        for row in manifest.to_pylist():
+            window = _window(row)
+            for step, arrays in enumerate(
+                read_window(index, plan, window, canvas, pixel_limit), window.step + window.skip
+            ):
+                at = {"epoch": np.array([window.epoch]), "step": np.array([step])}
+                yield {**{name: array[None] for name, array in arrays.items()}, **at}
+
+    manifest = _manifest([pa.Table.from_pylist([dataclasses.asdict(window)]) for window in windows])
+    store = ray.cluster_resources().get("object_store_memory", 0.0) * STORE_SHARE / plan.world
+    manifest.context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store)
+    return manifest.map_batches(
+        decode,
+        batch_format="pyarrow",
+        batch_size=None,
+        num_cpus=stream.decode_cpus,
+        compute=TaskPoolStrategy(size=tasks),
+    )
+
+
+def _window(row: dict[str, Any]) -> Window:
+    return Window(**{**row, "pieces": tuple(Piece(**piece) for piece in row["pieces"])})
+
+
+class _ViewMaker:
+    """The actor of `views_batches`: one batch in, its views out."""
+
+    def __init__(self, make: Callable[[], Make]) -> None:
+        self._make = make()
+
+    def __call__(self, row: Arrays) -> Arrays:
+        batch = as_batch({name: row[name][0] for name in ("image", "size", "id", "label")})
+        made = self._make(batch, Position(int(row["epoch"][0]), int(row["step"][0])))
+        views = [view.float().permute(0, 2, 3, 1).cpu().contiguous().numpy() for view in made.views]
+        return {**{f"view_{n}": view[None] for n, view in enumerate(views)}, "id": row["id"], "label": row["label"]}
+
+
+# --- iteration --------------------------------------------------------------------------------------------------------
+
+
+def _rows(
+    windows: Iterator[Window],
+    execution: Callable[[Sequence[Window]], ray.data.Dataset],
+    tasks: int,
+    stream: StreamConfig,
+    deadline: float,
+) -> Iterator[Arrays]:
+    """The rows of one execution after the other, the next one begun while the last windows of one are decoded."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # it would report each of its executions
+    lead = max(8, 2 * tasks)
+    current: _Span | None = None
+    following = _Span.begin(windows, execution, stream.prefetch)
+    try:
+        while following is not None:
+            current, following = following, None
+            due = sum(len(window) for window in current.windows[:-lead])
+            for taken in range(current.batches):
+                if taken == due:
+                    following = _Span.begin(windows, execution, stream.prefetch)
+                yield current.next(deadline, stream)
+            current.close()
+    finally:
+        for span in (current, following):
+            if span is not None:
+                span.close()
+
+
+class _Span:
+    """One execution, read by a thread of its own, so that waiting for it can have a deadline."""
+
+    def __init__(
+        self, windows: list[Window], execution: Callable[[Sequence[Window]], ray.data.Dataset], ahead: int
+    ) -> None:
+        self.windows = windows
+        self.batches = sum(len(window) for window in windows)
+        self._execution, self._ahead = execution, ahead
+        self._rows: queue.Queue[Arrays | BaseException] = queue.Queue(ahead)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="jem-stream", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def begin(
+        cls, windows: Iterator[Window], execution: Callable[[Sequence[Window]], ray.data.Dataset], ahead: int
+    ) -> _Span | None:
+        """Take the next windows, if there are any, and start to decode them."""
+        some = list(islice(windows, SPAN))
+        return cls(some, execution, ahead) if some else None
+
+    def next(self, deadline: float, stream: StreamConfig) -> Arrays:
+        """The next row."""
+        try:
+            row = self._rows.get(timeout=deadline)
+        except queue.Empty:
+            raise RunError(_waited(deadline, stream)) from None
+        if isinstance(row, BaseException):
+            raise _cause(row) from row
+        return row
+
+    def close(self) -> None:
+        """End the execution."""
+        self._closed.set()
+        self._thread.join(10)
+
+    def _read(self) -> None:
+        try:
+            rows = iter(self._execution(self.windows).iter_batches(batch_size=1, prefetch_batches=self._ahead))
+            for row in rows:
+                if not self._put({name: array[0] for name, array in row.items()}):
+                    break
+            else:
+                self._put(RunError("the stream ended before its last batch: start the run again with --resume"))
+            del rows  # this is what ends an execution
+        except BaseException as error:  # noqa: BLE001 - raised again where the batches are taken
+            self._put(error)
+
+    def _put(self, item: Arrays | BaseException) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._rows.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+
+def _waited(deadline: float, stream: StreamConfig) -> str:
+    has, free = ray.cluster_resources(), ray.available_resources()
+    return (
+        f"no batch came for {deadline:g} s: one decode task asks for {stream.decode_cpus:g} CPUs, the cluster has "
+        f"{has.get('CPU', 0):g}, of which {free.get('CPU', 0):g} are free; check the cluster and the storage, or lower "
+        f"cluster.workers, cluster.cpus_per_worker or stream.decode_cpus"
+    )
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Our own error within Ray's, which names the image and the remedy; or else Ray's as one line."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, RunError):
+            return RunError(str(getattr(seen, "args", [seen])[0]))
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return RunError(f"decoding failed: {' '.join(str(error).split())[-300:]}")
