@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
@@ -45,8 +46,8 @@ def loss_curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
     columns = min(3, len(drawn))
     rows = -(-len(drawn) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
-    panels: NDArray[np.object_] = figure.subplots(rows, columns, squeeze=False)
-    for axes, (name, pairs) in zip(panels.flat, drawn.items(), strict=False):
+    panels: list[Axes] = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for axes, (name, pairs) in zip(panels, drawn.items(), strict=False):
         steps, values = (np.asarray(column, dtype=float) for column in zip(*sorted(pairs), strict=True))
         values[~np.isfinite(values)] = np.nan
         axes.plot(steps, values, color="#1f5fa8", linewidth=1.4, marker="o" if len(steps) < 3 else None, markersize=4)
@@ -55,8 +56,8 @@ def loss_curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    for axes in panels.flat[len(drawn) :]:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in panels[len(drawn) :]:
         axes.set_axis_off()
     return figure
 
