@@ -27,7 +27,7 @@ class Health:
     std: float
     """Standard deviation of each dimension, averaged over the dimensions; the unit is that of z (VICReg aims at 1)."""
     spread: float
-    """sqrt(trace(Cov z) / mean |z|^2), in [0, 1] whatever the scale of z: 0 when all rows are one, 1 when the mean is 0."""
+    """sqrt(trace(Cov z) / mean |z|^2), in [0, 1] for any scale of z: 0 if all rows are one, 1 if their mean is 0."""
     rankme: float
     """RankMe: exp of the entropy of the normalised singular values of z, between 1 and min(N, d)."""
     rank: float
