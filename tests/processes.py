@@ -47,7 +47,9 @@ def run_on(world: int, function: Callable[..., Any], *args: Any, deadline: float
     try:
         for rank in range(world):
             reader, writer = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(rank, world, store.port, deadline, payload, writer), daemon=True)
+            process = context.Process(
+                target=_work, args=(rank, world, store.port, deadline, payload, writer), daemon=True
+            )
             process.start()
             writer.close()
             processes.append(process)
@@ -90,7 +92,7 @@ def _work(rank: int, world: int, port: int, deadline: float, payload: bytes, wri
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
         function, args = pickle.loads(payload)
         message = pickle.dumps((True, function(*args)))
-    except BaseException:
+    except BaseException:  # noqa: BLE001  whatever it was, the parent must hear of it
         # sent before the group is left, so that it arrives ahead of the others' "connection closed by peer"
         writer.send_bytes(pickle.dumps((False, traceback.format_exc())))
         return

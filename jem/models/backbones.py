@@ -47,7 +47,7 @@ class ResNet(Backbone):
         self.layer3, self.layer4 = network.layer3, network.layer4
 
     def features(self, images: Tensor) -> Tensor:
-        """Images, float (N, 3, H, W), to the last feature map, (N, dim, h, w); h = ceil(H / 32) with the ImageNet stem."""
+        """Images, float (N, 3, H, W), to the last feature map, (N, dim, h, w); h is H / 32 with the ImageNet stem."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         return cast("Tensor", self.layer4(self.layer3(self.layer2(self.layer1(x)))))
 

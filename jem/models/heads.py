@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -26,7 +27,7 @@ def mlp(widths: Sequence[int], *, last_bias: bool = True, last_norm: bool = Fals
     if len(widths) < 2:
         raise ValueError(f"an MLP needs an input and an output width, not {tuple(widths)}")
     layers: list[nn.Module] = []
-    for width_in, width_out in zip(widths[:-2], widths[1:-1], strict=True):
+    for width_in, width_out in pairwise(widths[:-1]):
         layers += [nn.Linear(width_in, width_out, bias=False), nn.BatchNorm1d(width_out), nn.ReLU(inplace=True)]
     layers.append(nn.Linear(widths[-2], widths[-1], bias=last_bias and not last_norm))
     if last_norm:

@@ -1,5 +1,7 @@
 """Optimizers and their parameter groups."""
 
+# ruff: noqa: SLF001 - torch's multi-tensor operations have private names only, the same since 1.7
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -67,25 +69,30 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._move(parameter, parameter.grad, group)
+            self._move([weight for weight in group["params"] if weight.grad is not None], group)
         return loss
 
-    def _move(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        update = grad.add(weight, alpha=group["weight_decay"])
+    def _move(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """One step of a group, by the multi-tensor operations that torch's own optimizers are made of."""
+        if not weights:
+            return
+        for weight in weights:
+            if "momentum" not in self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        momenta = [self.state[weight]["momentum"] for weight in weights]
+        grads = [weight.grad for weight in weights if weight.grad is not None]
+        updates = list(torch._foreach_add(grads, weights, alpha=group["weight_decay"]))
         if group["adapt"]:
-            weight_norm, update_norm = torch.linalg.vector_norm(weight), torch.linalg.vector_norm(update)
-            trust = group["eta"] * weight_norm / update_norm
+            weight_norms = torch.stack(torch._foreach_norm(weights))
+            update_norms = torch.stack(torch._foreach_norm(updates))
+            trust = group["eta"] * weight_norms / update_norms
             if group["clip"]:
                 trust = (trust / group["lr"]).clamp(max=1.0)
-            update.mul_(torch.where((weight_norm > 0) & (update_norm > 0), trust, 1.0))
-        state = self.state[weight]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(weight)
-        momentum = state["momentum"]
-        momentum.mul_(group["momentum"]).add_(update)
-        weight.sub_(momentum, alpha=group["lr"])
+            trust = torch.where((weight_norms > 0) & (update_norms > 0), trust, 1.0)
+            torch._foreach_mul_(updates, list(trust.unbind()))
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, updates)
+        torch._foreach_add_(weights, momenta, alpha=-group["lr"])
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
