@@ -33,7 +33,7 @@ class ViewParams:
     order: Tensor
     """int64 (N, 4), the jitter operations (0 brightness, 1 contrast, 2 saturation, 3 hue) in the order of their use."""
     factors: Tensor
-    """float32 (N, 4), factor of brightness, contrast, saturation, and shift of hue in turns; 1, 1, 1, 0 for no jitter."""
+    """float32 (N, 4), factors of brightness, contrast and saturation, shift of hue in turns; no jitter is 1, 1, 1, 0."""
     grey: Tensor
     """bool (N,)."""
     sigma: Tensor
@@ -44,9 +44,9 @@ class ViewParams:
     def __len__(self) -> int:
         return self.boxes.shape[0]
 
-    def rows(self, start: int, stop: int) -> ViewParams:
-        """The parameters of images `start` to `stop`, without copying."""
-        return ViewParams(**{name: value[start:stop] for name, value in vars(self).items()})
+    def rows(self, part: slice) -> ViewParams:
+        """The parameters of some of the images."""
+        return ViewParams(**{name: value[part] for name, value in vars(self).items()})
 
 
 def generator(seed: int, epoch: int, step: int, rank: int) -> Generator:
