@@ -31,9 +31,9 @@ class ViewParams:
     flip: Tensor
     """bool (N,), mirrored left to right."""
     order: Tensor
-    """int64 (N, 4), the jitter operations (0 brightness, 1 contrast, 2 saturation, 3 hue) in the order of their use."""
+    """int64 (N, 4), jitter operations (0 brightness, 1 contrast, 2 saturation, 3 hue), in the order of their use."""
     factors: Tensor
-    """float32 (N, 4), factors of brightness, contrast and saturation, shift of hue in turns; no jitter is 1, 1, 1, 0."""
+    """float32 (N, 4), factors of brightness, contrast, saturation, and shift of hue in turns; neutral: 1, 1, 1, 0."""
     grey: Tensor
     """bool (N,)."""
     sigma: Tensor
