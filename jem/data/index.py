@@ -100,7 +100,7 @@ def open_index(data: str | Sequence[str], limit: int | None = None) -> Index:
 
 
 def _absolute(uri: str) -> str:
-    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+    return uri if "://" in uri else os.path.normpath(Path(uri).expanduser().absolute())
 
 
 def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -304,8 +304,8 @@ def _first(index: Index, limit: int) -> Index:
 def _cache_file(uri: str, infos: list[pafs.FileInfo]) -> Path:
     what = [CACHE_VERSION, uri, [[info.path, info.size, info.mtime_ns] for info in infos]]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(root) / "jem" / "index" / f"{key[:32]}.npz"
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return root / "jem" / "index" / f"{key[:32]}.npz"
 
 
 def _read_cache(path: Path, uri: str) -> Index | None:
@@ -346,7 +346,7 @@ def _write_cache(path: Path, index: Index) -> None:
                     start=index.start,
                     bytes=index.bytes,
                 )
-            os.replace(temporary, path)
+            Path(temporary).replace(path)
         except BaseException:
-            os.unlink(temporary)
+            Path(temporary).unlink()
             raise

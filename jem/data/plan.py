@@ -1,10 +1,10 @@
 """The order of the images: a function of integers, computed anywhere, without reading anything.
 
-In each epoch the row groups are shuffled, and the rows of each of them; laid end to end they are the epoch's order. What
-fills whole global batches of it is cut into one contiguous part per worker. A worker reads its part in *windows* of some
-batches (about as many as `window` row groups hold) and shuffles the images of a window among each other. So every
-random choice is made ahead, from (seed, epoch, ...), reading stays sequential within row groups, and starting at any
-step needs no replay.
+In each epoch the row groups are shuffled, and the rows of each of them; laid end to end they are the epoch's order.
+What fills whole global batches of it is cut into one contiguous part per worker. A worker reads its part in *windows*
+of some batches (about as many as `window` row groups hold) and shuffles the images of a window among each other. So
+every random choice is made ahead, from (seed, epoch, ...), reading stays sequential within row groups, and starting at
+any step needs no replay.
 
 Windows end where batches end. So a row group at the border of two windows is read twice (its images are decoded once):
 1 / `window` more bytes read, for which every decode task's output is whole batches, and is never cut or joined again.
@@ -13,7 +13,7 @@ Windows end where batches end. So a row group at the border of two windows is re
 from __future__ import annotations
 
 from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -64,6 +64,11 @@ class Window:
     def __len__(self) -> int:
         """Number of batches to make."""
         return self.steps - self.skip
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Window:
+        """The window that `dataclasses.asdict` made this of."""
+        return cls(**{**row, "pieces": tuple(Piece(**piece) for piece in row["pieces"])})
 
 
 def permutation(n: int, *key: int) -> NDArray[np.int64]:
@@ -126,6 +131,10 @@ class Plan:
         """Images in one worker's batch."""
         return self.batch_size // self.world
 
+    def __getstate__(self) -> dict[str, object]:
+        """What is sent to tasks: without the epochs' orders, which they do not need."""
+        return {**self.__dict__, "_orders": {}}
+
     # --- counting -----------------------------------------------------------------------------------------------------
 
     def total_steps(self, epochs: int) -> int:
@@ -148,10 +157,8 @@ class Plan:
 
     def position(self, step: int) -> Position:
         """Where the step of this number is, counted from 0 over all epochs."""
-        if self.remainder == "carry":
-            epoch = ((step + 1) * self.batch_size - 1) // self.total
-        else:
-            epoch = step // self.steps(0)
+        last = (step + 1) * self.batch_size - 1  # image of this step, in a sequence that drops nothing
+        epoch = last // self.total if self.remainder == "carry" else step // self.steps(0)
         return Position(epoch, step - self.total_steps(epoch))
 
     def number(self, position: Position) -> int:

@@ -1,4 +1,4 @@
-"""Reads and decodes the images of a window, or of any rows: what a decode task does, and what a test does without Ray."""
+"""Reads and decodes the images of a window, or of any rows: what a decode task does, or a test without Ray."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 
-from jem.batch import Batch
 from jem.data.decode import DecodeError, decode_canvas
 from jem.errors import RunError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    import torch
     from numpy.typing import ArrayLike, NDArray
 
+    from jem.batch import Batch
     from jem.config import StreamConfig
     from jem.data.index import Index
     from jem.data.plan import Plan, Position, Window
@@ -61,6 +62,24 @@ def read_rows(index: Index, positions: ArrayLike, canvas: int, pixel_limit: int)
     return as_batch(rows.decode(0, len(rows), canvas, pixel_limit))
 
 
+def count_classes(index: Index) -> int | None:
+    """Number of classes: of names in the schema, or else the largest label + 1; None without labels.
+
+    Raises:
+        RunError: A shard that cannot be read.
+    """
+    if index.label_column is None or index.classes is not None:
+        return len(index.classes) if index.classes is not None and index.label_column is not None else None
+    largest = -1
+    try:
+        for path in index.files:
+            column = pq.read_table(path, columns=[index.label_column], filesystem=index.filesystem())[0]
+            largest = max(largest, pc.max(column).as_py() if column.null_count < len(column) else -1)
+    except (OSError, pa.ArrowException) as error:
+        raise RunError(f"cannot read the labels of {path} ({error})") from error
+    return largest + 1 if largest >= 0 else None
+
+
 def as_batch(arrays: Mapping[str, np.ndarray], *, pin_memory: bool = False) -> Batch:
     """Tensors of these arrays; `image` becomes an NCHW view in channels_last memory, without a copy.
 
@@ -68,6 +87,8 @@ def as_batch(arrays: Mapping[str, np.ndarray], *, pin_memory: bool = False) -> B
         arrays: As `read_window` makes them. Read-only ones, such as those in Ray's object store, are copied.
         pin_memory: Copy into page-locked memory, from which a GPU can read while it computes.
     """
+    from jem.batch import Batch  # and torch, which a decode task does without: seconds and hundreds of MB in each
+
     return Batch(
         image=_tensor(arrays["image"], pin_memory).permute(0, 3, 1, 2),
         size=_tensor(arrays["size"], pin_memory),
@@ -77,6 +98,8 @@ def as_batch(arrays: Mapping[str, np.ndarray], *, pin_memory: bool = False) -> B
 
 
 def _tensor(array: np.ndarray, pin_memory: bool) -> torch.Tensor:
+    import torch
+
     if array.flags.writeable and not pin_memory:
         return torch.from_numpy(array)
     kind = torch.from_numpy(np.empty(0, array.dtype)).dtype
@@ -145,16 +168,15 @@ class Rows:
         for number in range(high - low):
             data, self._encoded[low + number] = self._encoded[low + number], None
             try:
-                if data is None:
-                    raise DecodeError("no bytes")
-                _, size[number] = decode_canvas(data, canvas, pixel_limit, out=image[number])
+                _, size[number] = decode_canvas(data or b"", canvas, pixel_limit, out=image[number])
             except DecodeError as error:
                 raise RunError(self._undecodable(low + number, error)) from error
         return {"image": image, "size": size, "id": self._id[low:high], "label": self._label[low:high]}
 
     def _undecodable(self, at: int, error: DecodeError) -> str:
         group = int(self._groups[at])
+        file = self._index.files[self._index.file[group]]
         return (
-            f"cannot decode the image in row {self._rows[at]} of row group {self._index.row_group[group]} of "
-            f'{self._index.files[self._index.file[group]]} ({error}): "jem ingest" on this data set sets such images apart'
+            f"cannot decode the image in row {self._rows[at]} of row group {self._index.row_group[group]} of {file} "
+            f'({error}): "jem ingest" makes a copy of this data set without such images'
         )

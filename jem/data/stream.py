@@ -8,31 +8,34 @@ millions of objects at the start.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import queue
 import threading
+from dataclasses import asdict
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-import torch
 from ray.data import ExecutionResources, TaskPoolStrategy
 
-from jem.batch import Batch, Views
-from jem.data.plan import Piece, Plan, Position, Window
+from jem.data.plan import Plan, Position, Window
 from jem.data.read import Arrays, Rows, as_batch, read_window
 from jem.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from typing import TypeAlias
 
+    from jem.batch import Batch, Views
     from jem.config import AugmentConfig, StreamConfig
     from jem.data.index import Index
+
+    Execution: TypeAlias = Callable[[Sequence[Window]], ray.data.Dataset]
+    MakeViews: TypeAlias = Callable[[Batch, Position], Views]
 
 SPAN = 512
 """Windows in one Ray Data execution."""
@@ -42,8 +45,8 @@ CHUNK_BYTES = 32 * 2**20
 """Decoded images in one block of `dataset`, and the least that a decode task sends in one block."""
 DEADLINE = 300.0
 """Seconds in which a batch must come."""
-
-Make = Callable[[Batch, Position], Views] if TYPE_CHECKING else Any
+QUIET = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
+"""Loggers that would report every execution, and that it has no progress bar."""
 
 
 def decode_tasks(stream: StreamConfig, cpus: float, reserved: float, world: int) -> int:
@@ -61,8 +64,9 @@ def decode_tasks(stream: StreamConfig, cpus: float, reserved: float, world: int)
     places = math.floor((cpus - reserved) / stream.decode_cpus + 1e-6)
     if places < 1:
         raise InputError(
-            f"no CPU is left to decode images: the cluster has {cpus:g}, its train workers reserve {reserved:g}, one decode "
-            f"task needs {stream.decode_cpus:g}; lower cluster.workers, cluster.cpus_per_worker or stream.decode_cpus"
+            f"no CPU is left to decode images: the cluster has {cpus:g}, its train workers reserve {reserved:g}, one "
+            f"decode task needs {stream.decode_cpus:g}; "
+            "lower cluster.workers, cluster.cpus_per_worker or stream.decode_cpus"
         )
     if stream.decode_tasks is not None:
         return stream.decode_tasks
@@ -104,8 +108,7 @@ def ray_batches(
     def execution(windows: Sequence[Window]) -> ray.data.Dataset:
         return _decoded(index, plan, stream, windows, decode_tasks)
 
-    windows = plan.windows(rank, start, stop_epoch)
-    for row in _rows(windows, execution, decode_tasks, stream, deadline):
+    for row in _rows(plan, rank, start, stop_epoch, execution, decode_tasks, stream, deadline):
         yield as_batch({name: row[name] for name in ("image", "size", "id", "label")}, pin_memory=pin_memory)
 
 
@@ -119,15 +122,13 @@ def views_batches(
     *,
     decode_tasks: int,
     augment: AugmentConfig,
-    make: Callable[[], Make],
+    make: Callable[[], MakeViews],
     deadline: float = DEADLINE,
 ) -> Iterator[Views]:
     """Like `ray_batches`, but actors of Ray Data make the views too (`augment.placement: pool`).
 
-    Args:
-        index, plan, stream, rank, start, stop_epoch, decode_tasks, deadline: As in `ray_batches`.
-        augment: `pool_actors`, `pool_cpus` and `pool_gpus` are used.
-        make: Called once in each actor, returns what makes the views of a batch at a position.
+    `make` is called once in each of `augment.pool_actors` actors and returns what makes the views of the batch at a
+    position; they come back as float32. The other arguments are those of `ray_batches`.
     """
 
     def execution(windows: Sequence[Window]) -> ray.data.Dataset:
@@ -140,8 +141,11 @@ def views_batches(
             num_gpus=augment.pool_gpus,
         )
 
-    windows = plan.windows(rank, start, stop_epoch)
-    for row in _rows(windows, execution, decode_tasks, stream, deadline):
+    import torch
+
+    from jem.batch import Views
+
+    for row in _rows(plan, rank, start, stop_epoch, execution, decode_tasks, stream, deadline):
         count = sum(name.startswith("view_") for name in row)
         views = [torch.from_numpy(np.array(row[f"view_{number}"])).permute(0, 3, 1, 2) for number in range(count)]
         yield Views(views, torch.from_numpy(np.array(row["id"])), torch.from_numpy(np.array(row["label"])))
@@ -173,6 +177,8 @@ def dataset(index: Index, canvas: int, pixel_limit: int, *, decode_cpus: float =
 
 def _manifest(blocks: list[pa.Table]) -> ray.data.Dataset:
     """A data set with settings of its own: those of the process stay as they are."""
+    for name, level in QUIET.items():
+        logging.getLogger(name).setLevel(level)
     manifest = ray.data.from_arrow(blocks)
     context = manifest.context
     context.execution_options.preserve_order = True
@@ -188,15 +194,15 @@ def _decoded(index: Index, plan: Plan, stream: StreamConfig, windows: Sequence[W
 
     def decode(manifest: pa.Table) -> Iterator[Arrays]:
         for row in manifest.to_pylist():
-            window = _window(row)
+            window = Window.of(row)
             for step, arrays in enumerate(
                 read_window(index, plan, window, canvas, pixel_limit), window.step + window.skip
             ):
                 at = {"epoch": np.array([window.epoch]), "step": np.array([step])}
                 yield {**{name: array[None] for name, array in arrays.items()}, **at}
 
-    manifest = _manifest([pa.Table.from_pylist([dataclasses.asdict(window)]) for window in windows])
-    store = ray.cluster_resources().get("object_store_memory", 0.0) * STORE_SHARE / plan.world
+    manifest = _manifest([pa.Table.from_pylist([asdict(window)]) for window in windows])
+    store = _cluster()[0].get("object_store_memory", 0.0) * STORE_SHARE / plan.world
     manifest.context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store)
     return manifest.map_batches(
         decode,
@@ -207,14 +213,10 @@ def _decoded(index: Index, plan: Plan, stream: StreamConfig, windows: Sequence[W
     )
 
 
-def _window(row: dict[str, Any]) -> Window:
-    return Window(**{**row, "pieces": tuple(Piece(**piece) for piece in row["pieces"])})
-
-
 class _ViewMaker:
     """The actor of `views_batches`: one batch in, its views out."""
 
-    def __init__(self, make: Callable[[], Make]) -> None:
+    def __init__(self, make: Callable[[], MakeViews]) -> None:
         self._make = make()
 
     def __call__(self, row: Arrays) -> Arrays:
@@ -228,14 +230,18 @@ class _ViewMaker:
 
 
 def _rows(
-    windows: Iterator[Window],
-    execution: Callable[[Sequence[Window]], ray.data.Dataset],
+    plan: Plan,
+    rank: int,
+    start: Position,
+    stop_epoch: int,
+    execution: Execution,
     tasks: int,
     stream: StreamConfig,
     deadline: float,
 ) -> Iterator[Arrays]:
     """The rows of one execution after the other, the next one begun while the last windows of one are decoded."""
-    logging.getLogger("ray.data").setLevel(logging.WARNING)  # it would report each of its executions
+    windows = plan.windows(rank, start, stop_epoch)
+    expected = plan.positions(start, stop_epoch)
     lead = max(8, 2 * tasks)
     current: _Span | None = None
     following = _Span.begin(windows, execution, stream.prefetch)
@@ -246,7 +252,11 @@ def _rows(
             for taken in range(current.batches):
                 if taken == due:
                     following = _Span.begin(windows, execution, stream.prefetch)
-                yield current.next(deadline, stream)
+                row = current.next(deadline, stream)
+                position = Position(int(row["epoch"]), int(row["step"]))
+                if position != (wanted := next(expected)):
+                    raise RunError(f"Ray Data delivered {position} in place of {wanted}: start again with --resume")
+                yield row
             current.close()
     finally:
         for span in (current, following):
@@ -257,9 +267,7 @@ def _rows(
 class _Span:
     """One execution, read by a thread of its own, so that waiting for it can have a deadline."""
 
-    def __init__(
-        self, windows: list[Window], execution: Callable[[Sequence[Window]], ray.data.Dataset], ahead: int
-    ) -> None:
+    def __init__(self, windows: list[Window], execution: Execution, ahead: int) -> None:
         self.windows = windows
         self.batches = sum(len(window) for window in windows)
         self._execution, self._ahead = execution, ahead
@@ -269,9 +277,7 @@ class _Span:
         self._thread.start()
 
     @classmethod
-    def begin(
-        cls, windows: Iterator[Window], execution: Callable[[Sequence[Window]], ray.data.Dataset], ahead: int
-    ) -> _Span | None:
+    def begin(cls, windows: Iterator[Window], execution: Execution, ahead: int) -> _Span | None:
         """Take the next windows, if there are any, and start to decode them."""
         some = list(islice(windows, SPAN))
         return cls(some, execution, ahead) if some else None
@@ -313,8 +319,13 @@ class _Span:
         return False
 
 
+def _cluster() -> tuple[dict[str, float], dict[str, float]]:
+    """What the cluster has, and what of it is free."""
+    return dict(ray.cluster_resources()), dict(ray.available_resources())  # type: ignore[no-untyped-call]
+
+
 def _waited(deadline: float, stream: StreamConfig) -> str:
-    has, free = ray.cluster_resources(), ray.available_resources()
+    has, free = _cluster()
     return (
         f"no batch came for {deadline:g} s: one decode task asks for {stream.decode_cpus:g} CPUs, the cluster has "
         f"{has.get('CPU', 0):g}, of which {free.get('CPU', 0):g} are free; check the cluster and the storage, or lower "
@@ -324,9 +335,9 @@ def _waited(deadline: float, stream: StreamConfig) -> str:
 
 def _cause(error: BaseException) -> BaseException:
     """Our own error within Ray's, which names the image and the remedy; or else Ray's as one line."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, RunError):
-            return RunError(str(getattr(seen, "args", [seen])[0]))
-        seen = getattr(seen, "cause", None) or seen.__cause__
+    inner: BaseException | None = error
+    while inner is not None:
+        if type(inner) is RunError:  # Ray's copies of it are subclasses, whose text is a traceback
+            return inner
+        inner = getattr(inner, "cause", None) or inner.__cause__
     return RunError(f"decoding failed: {' '.join(str(error).split())[-300:]}")
