@@ -1,0 +1,207 @@
+"""From a data set and an encoder to features, on Ray Data: tasks decode, a pool of actors encodes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+import ray.data
+import torch
+
+from jem.data.read import as_batch
+from jem.data.stream import dataset
+from jem.errors import InputError, RunError
+from jem.evaluate.judge import Features
+from jem.progress import Progress
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from jem.config import StreamConfig
+    from jem.data.index import Index
+    from jem.encoder import Encoder
+
+Arrays = dict[str, "NDArray[Any]"]
+
+DEADLINE = 300.0
+"""Seconds in which the next features must come, the start of the actors included."""
+GPU_ACTOR_CPUS = 0.25
+"""CPUs that an actor with a GPU reserves: it only feeds it."""
+
+
+def extract_features(
+    encoder: Encoder,
+    index: Index,
+    stream: StreamConfig,
+    batch_size: int,
+    actors: int = 1,
+    *,
+    gpu: bool = False,
+    deadline: float = DEADLINE,
+) -> Features:
+    """Encode a whole data set, in float32 and evaluation mode.
+
+    Args:
+        encoder: left as it is; each actor has a copy.
+        index: of the data set.
+        stream: `canvas`, `decode_cpus` and `pixel_limit` are used.
+        batch_size: images per forward pass.
+        actors: copies of the encoder that work at once.
+        gpu: one GPU for each actor.
+        deadline: seconds in which the next features must come.
+
+    Returns:
+        Features of every image, by ascending id.
+
+    Raises:
+        InputError: the cluster cannot hold the actors and a decode task.
+        RunError: an image cannot be decoded, rows are missing, or nothing came before the deadline.
+    """
+    encoded = encode(encoder, index, stream, batch_size, actors, gpu=gpu)
+    parts: list[Arrays] = []
+    with Progress("features", len(index)) as progress:
+        for part in within(encoded, deadline):
+            parts.append(part)
+            progress.update(len(part["id"]))
+    ids = np.concatenate([part["id"] for part in parts]) if parts else np.empty(0, np.int64)
+    if len(ids) != len(index):
+        raise RunError(f"{len(ids)} of {len(index)} images of {index.uri} came back encoded: run it again")
+    order = np.argsort(ids, kind="stable")
+
+    def column(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([part[name] for part in parts])[order])
+
+    return Features(column("embedding"), column("label"), column("id"))
+
+
+def encode(
+    encoder: Encoder, index: Index, stream: StreamConfig, batch_size: int, actors: int = 1, *, gpu: bool = False
+) -> ray.data.Dataset:
+    """The data set in storage order, each row `id` int64, `label` int64 and `embedding` float32 (D,); lazily.
+
+    Arguments as in `extract_features`.
+
+    Raises:
+        InputError: the cluster cannot hold the actors and a decode task.
+    """
+    cpus, threads = plan_cpus(actors, stream.decode_cpus, gpu=gpu)
+    copied = copy.deepcopy(encoder).cpu().eval().requires_grad_(False)
+    images = dataset(index, stream.canvas, stream.pixel_limit, decode_cpus=stream.decode_cpus)
+    return images.map_batches(
+        _Encode,
+        fn_constructor_args=(ray.put(copied), threads, gpu),
+        batch_size=batch_size,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=cpus,
+        num_gpus=1 if gpu else 0,
+    )
+
+
+def plan_cpus(actors: int, decode_cpus: float, *, gpu: bool) -> tuple[float, int]:
+    """CPUs that each actor reserves, so that decoding always has a place beside them, and the threads that it uses.
+
+    Raises:
+        InputError: the cluster cannot hold the actors and a decode task.
+    """
+    has = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus, gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
+    if gpu and gpus < actors:
+        raise InputError(
+            f"the cluster has {gpus:g} GPUs and {actors} encoder actors want one each: use fewer actors, or no GPU"
+        )
+    # Half of the CPUs at most: Ray waits for ever, without a word, when actors leave none for the tasks before them.
+    each = min(GPU_ACTOR_CPUS if gpu else 1.0, (cpus - decode_cpus) / actors, max(cpus / 2, 0.1) / actors)
+    each = int(each * 100) / 100  # Ray counts in ten-thousandths, and adds up what it rounds
+    if each <= 0:
+        raise InputError(
+            f"the cluster has {cpus:g} CPUs, too few for {actors} encoder actors and a decode task ({decode_cpus:g} CPUs): "
+            "use fewer actors, or lower stream.decode_cpus"
+        )
+    return each, max(
+        1, min(int(cpus / actors), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 64)
+    )
+
+
+class _Encode:
+    """The actor: decoded images in, features out."""
+
+    def __init__(self, encoder: ray.ObjectRef[Encoder], threads: int, gpu: bool) -> None:
+        torch.set_num_threads(min(threads, os.cpu_count() or 1))
+        self._device = torch.device("cuda" if gpu else "cpu")
+        # What comes from the object store is read-only, and shared.
+        self._encoder = copy.deepcopy(ray.get(encoder)).to(self._device).to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def __call__(self, rows: Arrays) -> Arrays:
+        batch = as_batch(rows)
+        features = self._encoder(batch.image.to(self._device), batch.size).float().cpu()
+        return {"id": rows["id"], "label": rows["label"], "embedding": features.numpy()}
+
+
+# --- waiting --------------------------------------------------------------------------------------------------------
+
+
+def within(rows: ray.data.Dataset, deadline: float) -> Iterator[Arrays]:
+    """The blocks of a data set, each of which must come within so many seconds.
+
+    Raises:
+        RunError: nothing came in time, or the work failed; our own errors within Ray's are brought to light.
+    """
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # it would report each of its executions
+    ready: queue.Queue[Arrays | BaseException | None] = queue.Queue(4)
+    stopped = threading.Event()
+
+    def put(item: Arrays | BaseException | None) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def read() -> None:
+        try:
+            for block in rows.iter_batches(batch_size=None):
+                if stopped.is_set():
+                    return
+                put(block)
+            put(None)
+        except BaseException as error:  # noqa: BLE001  (raised again in the thread that waits)
+            put(error)
+
+    threading.Thread(target=read, name="jem-extract", daemon=True).start()
+    try:
+        while (item := _next(ready, deadline)) is not None:
+            yield item
+    finally:
+        stopped.set()
+
+
+def _next(ready: queue.Queue[Arrays | BaseException | None], deadline: float) -> Arrays | None:
+    try:
+        item = ready.get(timeout=deadline)
+    except queue.Empty:
+        free = ray.available_resources()  # type: ignore[no-untyped-call]
+        raise RunError(
+            f"no features came for {deadline:g} s: of the cluster's resources {free.get('CPU', 0):g} CPUs and "
+            f"{free.get('GPU', 0):g} GPUs are free; check the cluster with `ray status`, or use fewer actors"
+        ) from None
+    if isinstance(item, BaseException):
+        raise _cause(item) from item
+    return item
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Our own error within Ray's, which names the remedy, or else Ray's as one line."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, InputError | RunError):
+            return type(seen)(str(seen.args[0]))
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return RunError(f"encoding failed: {' '.join(str(error).split())[-300:]}")

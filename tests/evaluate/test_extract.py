@@ -1,0 +1,100 @@
+"""Features over Ray Data against the encoder called by hand."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+from PIL import Image
+
+from jem.config import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, StreamConfig
+from jem.data.index import open_index
+from jem.encoder import Encoder
+from jem.errors import InputError, RunError
+from jem.evaluate.extract import extract_features, plan_cpus, within
+from jem.models.backbones import build_backbone
+
+STREAM = StreamConfig(canvas=32)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    architecture = BackboneConfig(stem="stride2")
+    return Encoder(build_backbone(architecture), architecture, 32, IMAGENET_MEAN, IMAGENET_STD)
+
+
+@pytest.mark.ray
+def test_features_are_the_encoders_own_sorted_by_id(ray_cluster: None, encoder: Encoder, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (47, 32, 32, 3), dtype=np.uint8)
+    ids = rng.permutation(47) + 100
+    cells = []
+    for image in images:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+    table = pa.table({"image": cells, "label": rng.integers(0, 5, 47), "id": ids})
+    for number, part in enumerate(range(0, 47, 20)):
+        pq.write_table(table.slice(part, 20), tmp_path / f"part-{number}.parquet", row_group_size=7)
+    encoder.train()  # and its running statistics stay as they are
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+
+    found = extract_features(encoder, open_index(str(tmp_path)), STREAM, batch_size=16, actors=2)
+
+    order = np.argsort(ids)
+    assert encoder.training
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    with torch.no_grad():
+        expected = encoder.eval()(torch.from_numpy(images[order]).permute(0, 3, 1, 2))
+    torch.testing.assert_close(found.features, expected, rtol=1e-4, atol=1e-5)
+    assert found.features.dtype == torch.float32
+    assert found.ids.tolist() == ids[order].tolist()
+    assert found.labels.tolist() == table["label"].to_numpy()[order].tolist()
+    assert found.labelled
+
+
+@pytest.mark.ray
+def test_an_image_that_cannot_be_decoded_is_named(ray_cluster: None, encoder: Encoder, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [{"bytes": b"not an image", "path": "a.jpg"}]}), tmp_path / "part-0.parquet")
+    with pytest.raises(RunError, match=r"part-0\.parquet"):
+        extract_features(encoder, open_index(str(tmp_path)), STREAM, batch_size=4)
+
+
+@pytest.mark.ray
+def test_waiting_has_an_end(ray_cluster: None) -> None:
+    released = threading.Event()
+
+    class Stuck:
+        def iter_batches(self, batch_size: int | None) -> Iterator[dict[str, np.ndarray]]:
+            yield {"id": np.arange(3)}
+            released.wait(60)
+
+    blocks = within(cast("ray.data.Dataset", Stuck()), 0.2)
+    assert next(blocks)["id"].tolist() == [0, 1, 2]
+    with pytest.raises(RunError, match=r"no features came for 0\.2 s"):
+        next(blocks)
+    released.set()
+
+
+@pytest.mark.ray
+def test_decoding_keeps_a_place_beside_the_actors(ray_cluster: None) -> None:
+    has = ray.cluster_resources()["CPU"]
+    for actors in (1, 2, 3, 7, 40):
+        each, threads = plan_cpus(actors, 0.25, gpu=False)
+        assert 0 < each <= 1
+        assert actors * each + 0.25 <= has
+        assert threads >= 1
+    with pytest.raises(InputError, match="too few for 1000"):
+        plan_cpus(1000, 0.25, gpu=False)
+    with pytest.raises(InputError, match="0 GPUs"):
+        plan_cpus(1, 0.25, gpu=True)
