@@ -33,12 +33,20 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 """Pillow formats that are opened, raster formats only: Pillow hands EPS, for one, to an external program."""
 
+REDUCED_AT_LEAST = 1.5
+"""A JPEG decoded at reduced scale keeps at least so many times the canvas in both directions.
+
+Measured on photographs, mean absolute difference from the full decode after the resize, in grey levels: 2.6 for 1,
+1.3 for 1.5, 0.7 for 2. On 4000x3000 to 256 all three decode 70 to 80 images/s, the full decode 39. Scales between 1/2
+and 1 are not used: they take longer than they save.
+"""
+
 _EXIF_ORIENTATION = 0x0112
 _WHITE = (255, 255, 255, 255)
 
 
 class DecodeError(ValueError):
-    """These bytes are not an image that can be used; the message is the reason, without the image's name."""
+    """These bytes are not an image that can be used; the message is `KIND: DETAIL`, without the image's name."""
 
 
 def decode(data: bytes, pixel_limit: int) -> np.ndarray:
@@ -78,14 +86,52 @@ def decode_canvas(
     pixels, orientation, (height, width) = _pixels(data, canvas, pixel_limit, out)
     if pixels is out:
         return out, (height, width)
-    if pixels.shape[:2] != (canvas, canvas):
-        image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-        pixels = interpolate(image, (canvas, canvas), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
-    square = _upright(pixels, orientation)
+    square = _upright(_resized(pixels, (canvas, canvas)), orientation)
     if out is None:
         return np.ascontiguousarray(square), (height, width)
     out[...] = square
     return out, (height, width)
+
+
+def check(data: bytes, pixel_limit: int) -> tuple[int, int]:
+    """Find out whether an image can be decoded, by decoding all of it at the smallest scale.
+
+    Returns:
+        The upright height and width.
+
+    Raises:
+        DecodeError: These bytes are not an image that can be used.
+    """
+    return _pixels(data, 1, pixel_limit)[2]
+
+
+def shrink(data: bytes, short_side: int, pixel_limit: int) -> tuple[bytes, tuple[int, int]]:
+    """Re-encode an image whose short side is longer than `short_side` pixels; another one is returned as it is.
+
+    The aspect ratio is kept to the nearest pixel. The new encoding is JPEG of quality 95 with full colour resolution.
+
+    Returns:
+        The encoded image, and its upright height and width.
+
+    Raises:
+        DecodeError: These bytes are not an image that can be used.
+    """
+    pixels, orientation, (height, width) = _pixels(data, short_side, pixel_limit)
+    short = min(height, width)
+    if short <= short_side:
+        return data, (height, width)
+    height, width = (max(1, round(side * short_side / short)) for side in (height, width))
+    stored = (width, height) if orientation >= 5 else (height, width)
+    upright = np.ascontiguousarray(_upright(_resized(pixels, stored), orientation))
+    return simplejpeg.encode_jpeg(upright, quality=95, colorspace="RGB", colorsubsampling="444"), (height, width)
+
+
+def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    if pixels.shape[:2] == size:
+        return pixels
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    resized: np.ndarray = interpolate(image, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    return resized
 
 
 def _pixels(
@@ -129,10 +175,10 @@ def _turbo(
     if canvas is not None:
         if out is not None and orientation == 1 and height == width == canvas:
             reduce = {"buffer": out}
-        elif min(height, width) >= 2 * canvas:
-            # Scales between 1/2 and 1 cost more than they save and blur; from 1/2 on it is faster, and after the
-            # resize within 0.6 grey levels of the full decode on average.
-            reduce = {"min_height": canvas, "min_width": canvas, "min_factor": 2}
+        else:
+            least = max(8, int(REDUCED_AT_LEAST * canvas))  # below a block of pixels its padding shows
+            if min(height, width) >= 2 * least:
+                reduce = {"min_height": least, "min_width": least, "min_factor": 2}
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", **reduce)
     except ValueError:  # what is odd but whole (bytes between segments) Pillow reads; what is truncated it refuses
@@ -145,9 +191,10 @@ def _jpeg_orientation(data: bytes) -> int:
     if b"Exif\x00\x00" not in data and b"tiff:Orientation" not in data:
         return 1
     try:
-        return _orientation(_open(data))
-    except Exception:  # metadata that cannot be read must not cost the image
+        image = _open(data)
+    except Exception:  # noqa: BLE001 - Pillow's view of the header does not matter here: libjpeg-turbo could read its header, so it is an image
         return 1
+    return _orientation(image)
 
 
 def _pillow(data: bytes, canvas: int | None, pixel_limit: int) -> tuple[np.ndarray, int, tuple[int, int]]:
@@ -160,10 +207,7 @@ def _pillow(data: bytes, canvas: int | None, pixel_limit: int) -> tuple[np.ndarr
     image.load()
     if image.format == "TIFF":  # load() has turned it already, and dropped the tag
         width, height = image.size
-    try:
-        orientation = _orientation(image)
-    except Exception:  # metadata that cannot be read must not cost the image
-        orientation = 1
+    orientation = _orientation(image)
     full = (width, height) if orientation >= 5 else (height, width)
     return _rgb(image), orientation, full
 
@@ -185,11 +229,16 @@ def _open(data: bytes) -> ImageFile.ImageFile:
             image = factory(io.BytesIO(data), "")
             assert image is not None
             return image
-    raise DecodeError(reasons[0] if reasons else f"not an image of a known format (it starts with {prefix!r})")
+    if reasons:
+        raise DecodeError(f"unsupported: {reasons[0]}")
+    raise DecodeError(f"not an image: it starts with {prefix!r}, which no known format does")
 
 
 def _orientation(image: Image.Image) -> int:
-    value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001 - metadata that cannot be read must not cost the image
+        return 1
     return value if value in range(1, 9) else 1
 
 
@@ -200,13 +249,13 @@ def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):
         deep = np.asarray(image)
         if deep.min() < 0 or deep.max() > 65535:
-            raise DecodeError("32-bit integer pixels beyond 0...65535: convert it to 8 or 16 bits")
+            raise DecodeError("unsupported: integer pixels beyond 0...65535; convert it to 8 or 16 bits")
         grey = ((deep.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode == "F":
         real = np.asarray(image)
         if not (np.isfinite(real).all() and real.min() >= 0 and real.max() <= 1):
-            raise DecodeError("float pixels outside [0, 1]: convert it to 8 or 16 bits")
+            raise DecodeError("unsupported: float pixels outside [0, 1]; convert it to 8 or 16 bits")
         return np.repeat(np.rint(real * 255).astype(np.uint8)[..., None], 3, axis=2)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -226,10 +275,12 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _check_pixels(height: int, width: int, limit: int) -> None:
+    if height * width == 0:
+        raise DecodeError(f"no pixels: {width}x{height}")
     if height * width > limit:
-        raise DecodeError(f"{width}x{height} is more than the limit of {limit} pixels (decompression bomb?)")
+        raise DecodeError(f"too many pixels: {width}x{height}, more than the limit of {limit}")
 
 
 def _reason(error: Exception) -> str:
     words = " ".join(str(error).split())
-    return words[:200] if words else type(error).__name__
+    return f"truncated or corrupt: {words[:200] if words else type(error).__name__}"
