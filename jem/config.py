@@ -308,7 +308,7 @@ class PreviewConfig(Section):
 class PretrainConfig(Section):
     """Pretrain an encoder without labels, judge it and register it."""
 
-    data: str = Field(description="training set: folder, file or glob of Parquet shards, local or a URI")
+    data: str = Field("", description="training set: folder, file or glob of Parquet shards, local or a URI")
     test: str | None = Field(None, description="labelled test set; default: none, kNN then on held-out training images")
     limit: PositiveInt | None = Field(None, description="use only the first so many training images")
     name: str | None = Field(None, description="name of the run, unique in STORAGE; default: made from method and time")
@@ -328,6 +328,8 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> PretrainConfig:
+        if not self.data and self.resume is None:
+            raise ValueError("data is missing: give a data set with --data, or go on with a run with --resume NAME")
         batch, workers, accumulate = self.train.batch_size, self.cluster.workers, self.train.accumulate
         if batch < workers:
             raise ValueError(f"train.batch_size {batch} is smaller than cluster.workers {workers}: raise it or use fewer workers")
@@ -369,6 +371,36 @@ class EmbedConfig(Section):
     actors: PositiveInt = Field(1, description="encoder actors; with GPUs, one each")
     stream: StreamConfig = StreamConfig()
     cluster: ClusterConfig = ClusterConfig()
+    track: TrackConfig = TrackConfig()
+
+
+class EncodersListConfig(Section):
+    """List the registered encoders."""
+
+    track: TrackConfig = TrackConfig()
+
+
+class EncodersShowConfig(Section):
+    """Show what a registered encoder is and where it comes from."""
+
+    encoder: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/encoder, or a folder")
+    track: TrackConfig = TrackConfig()
+
+
+class EncodersPromoteConfig(Section):
+    """Give an alias to a registered encoder; the version that had it loses it."""
+
+    encoder: str = Field(description="models:/NAME/VERSION or models:/NAME@ALIAS")
+    alias: str = Field(description="such as champion")
+    track: TrackConfig = TrackConfig()
+
+
+class EncodersPullConfig(Section):
+    """Copy an encoder's files to a folder."""
+
+    encoder: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, or runs:/ID/encoder")
+    dest: str = Field(description="folder to make")
+    overwrite: bool = Field(False, description="replace the encoder at DEST")
     track: TrackConfig = TrackConfig()
 
 
