@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         length = len(job.words.split())
         if words[:length] == job.words.split():
             return run_job(job.words, [*debug, *words[length:]])
-    return _misspelt(words)
+    return _no_job(words)
 
 
 def main_for(words: str) -> int:
@@ -160,13 +160,16 @@ def overview() -> str:
     )
 
 
-def _misspelt(words: Sequence[str]) -> int:
+def _no_job(words: Sequence[str]) -> int:
+    """No job has these words: a group alone lists, anything else is refused with the nearest name."""
     groups = {job.words.split()[0] for job in JOBS if " " in job.words}
     if words[0] in groups:
+        if words[1:] == []:
+            return run_job(f"{words[0]} list", [])
         second = [job.words.split()[1] for job in JOBS if job.words.startswith(f"{words[0]} ")]
-        if words[1:] in ([], ["--help"], ["-h"]):
+        if words[1] in {"--help", "-h"}:
             print(f"usage: jem {words[0]} {{{','.join(second)}}}: each has --help")
-            return 0 if words[1:] else 2
+            return 0
         near = difflib.get_close_matches(words[1], second, n=1)
         hint = f"did you mean {words[0]} {near[0]}?" if near else f"choose from {', '.join(second)}"
         print(f"jem: unknown command {words[0]} {words[1]}: {hint}", file=sys.stderr)
