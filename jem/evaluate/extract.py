@@ -23,6 +23,8 @@ from jem.evaluate.judge import Features
 from jem.progress import Progress
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from jem.config import StreamConfig
@@ -122,12 +124,25 @@ def plan_cpus(actors: int, decode_cpus: float, *, gpu: bool) -> tuple[float, int
     each = int(each * 100) / 100  # Ray counts in ten-thousandths, and adds up what it rounds
     if each <= 0:
         raise InputError(
-            f"the cluster has {cpus:g} CPUs, too few for {actors} encoder actors and a decode task ({decode_cpus:g} CPUs): "
+            f"the cluster has {cpus:g} CPUs, too few for {actors} encoder actors and a decode task of {decode_cpus:g}: "
             "use fewer actors, or lower stream.decode_cpus"
         )
     return each, max(
         1, min(int(cpus / actors), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 64)
     )
+
+
+def stream_of(trained: Mapping[str, Any], stream: StreamConfig) -> StreamConfig:
+    """`stream`, with the canvas that an encoder was trained with in place of the default one.
+
+    Args:
+        trained: the configuration of the encoder's training, as `encoder.json` has it, or {}.
+        stream: a canvas other than the default is kept.
+    """
+    own = trained.get("stream", {}).get("canvas")
+    if own is None or stream.canvas != type(stream).model_fields["canvas"].default:
+        return stream
+    return stream.model_copy(update={"canvas": int(own)})
 
 
 class _Encode:
