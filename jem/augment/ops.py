@@ -9,6 +9,7 @@ selecting by a boolean tensor takes 0.7-1.7 ns per element, arithmetic 0.1-0.2.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from jem.augment.params import CONTRAST, HUE, SATURATION
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -103,9 +105,16 @@ def blur_weights(sigma: Tensor, kernel: int, pixels: int) -> Tensor:
 def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """`rows @ channel @ columns.T` for each channel; `rows` (N, h, H), `columns` (N, w, W); in float32 always."""
     count, channels, height, width = images.shape
-    with torch.autocast(images.device.type, enabled=False):
+    with _no_autocast(images.device.type):
         narrow = torch.bmm(images.reshape(count, channels * height, width), columns.transpose(1, 2))
         return torch.matmul(rows[:, None], narrow.view(count, channels, height, -1))
+
+
+def _no_autocast(device: str) -> AbstractContextManager[None]:
+    """Entered only where autocast is on: the context would stay in an exported program."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 # --- colour -------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def preview(batch: Batch, augment: Augment, generator: Generator) -> Image.Image
         for view, drawn in enumerate(params):
             _outline(original, drawn.boxes[row].tolist(), scale, BOX_COLOURS[view % len(BOX_COLOURS)])
         picture.paste(original, (GAP, y))
-        pen.text((GAP, y + CELL), f"id {batch.id[row]}, {width} x {height}", fill=INK, font=font)
+        pen.text((GAP, y + original.height), f"id {batch.id[row]}, {width} x {height}", fill=INK, font=font)
         for column, (pixels, drawn) in enumerate(zip(views, params, strict=True), start=1):
             x = GAP + column * wide
             picture.paste(_fitted(Image.fromarray(pixels[row].numpy()), CELL, CELL), (x, y))
@@ -74,10 +74,10 @@ def caption(drawn: ViewParams, row: int, pixels: int) -> list[str]:
     }
     neutral = [1.0, 1.0, 1.0, 0.0]
     jitter = " ".join(steps[step] for step in drawn.order[row].tolist() if factor[step] != neutral[step])
-    rest = [name for name, on in (("grey", drawn.grey[row]), ("solarize", drawn.solarize[row])) if on]
-    if drawn.sigma[row] > 0:
-        rest.insert(len(rest) if not drawn.grey[row] else 1, f"blur {drawn.sigma[row]:.1f}")
-    return [line for line in (crop, jitter, ", ".join(rest)) if line]
+    sigma = drawn.sigma[row].item()
+    others = (("grey", drawn.grey[row]), (f"blur {sigma:.1f}", sigma > 0), ("solarize", drawn.solarize[row]))
+    rest = ", ".join(name for name, happens in others if happens)
+    return [line for line in (crop, jitter, rest) if line]
 
 
 def _pixels(view: Tensor, augment: Augment) -> Tensor:
