@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tempfile
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -82,7 +83,9 @@ def open_index(data: str | Sequence[str], limit: int | None = None) -> Index:
     Raises:
         InputError: No such data, no Parquet in it, more than one split in it, no rows, no images, a corrupt shard.
     """
-    uri = data if isinstance(data, str) else next(iter(data), "")
+    if not data:
+        raise InputError("the list of shards is empty: give a folder, a file or a glob of Parquet shards")
+    uri = data if isinstance(data, str) else data[0]
     filesystem, _ = _resolve(uri)
     try:
         infos = _shards(filesystem, data)
@@ -325,7 +328,7 @@ def _read_cache(path: Path, uri: str) -> Index | None:
             classes=classes,
             **arrays,
         )
-    except (OSError, ValueError, KeyError, TypeError):  # absent or damaged: it is only a cache
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):  # absent or damaged: only a cache
         return None
 
 
