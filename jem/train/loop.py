@@ -1,0 +1,170 @@
+"""The training loop, in torch alone: Ray Train launches it, and a test can run it in a plain process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from jem import distributed
+from jem.batch import Views
+from jem.config import PretrainConfig
+from jem.data.plan import Plan, Position
+from jem.methods.base import Method, StepOutput
+from jem.models.backbones import Backbone
+from jem.train.checkpoint import State
+from jem.train.optimizers import build_optimizer, set_rates
+from jem.train.schedules import learning_rate, scaled_lr, weight_decay
+from jem.train.watch import Reporter, Summary, Watch
+
+Source = Callable[[Position], Iterator[Views]]
+"""Gives the views of this worker's batches from a position on, to the end of the run."""
+
+
+class Keeper(Protocol):
+    """Where checkpoints go."""
+
+    def __call__(self, state: State | None, step: int, summary: Summary) -> None:
+        """Keep `state` and what is known at `step`. All ranks call it after the same step; only rank 0 has a state."""
+
+
+def fit(
+    config: PretrainConfig,
+    method: Method,
+    source: Source,
+    plan: Plan,
+    reporter: Reporter,
+    keep: Keeper,
+    *,
+    device: torch.device,
+    state: State | None = None,
+    judge: Callable[[Method], dict[str, float]] | None = None,
+) -> None:
+    """Train `method` in place, from the beginning or from `state`, to the last epoch.
+
+    Every rank calls it with its own `source`; on several ranks torch.distributed is initialised. `judge` (such as an
+    online kNN) is called on all ranks together at the end of an epoch, every `evaluation.online.every` epochs.
+
+    Raises:
+        RunError: A term of the loss is not finite.
+    """
+    train, schedule = config.train, config.schedule
+    peak = scaled_lr(config.optimizer.lr, train.batch_size, schedule.scale_lr)
+    total, warmup = plan.total_steps(train.epochs), round(schedule.warmup_epochs * plan.steps(0))
+    mine = distributed.rank() == 0
+
+    wrapped = _prepare(method, config, device)
+    optimizer = build_optimizer(method, config.optimizer, peak)
+    first = 0
+    if state is not None:
+        method.load_state_dict(state.model)
+        optimizer.load_state_dict(state.optimizer)
+        first = state.step
+
+    watch = Watch(train, reporter, first)
+    following = source(plan.position(first))
+    for step in range(first, total):
+        epoch, within = plan.position(step)
+        with watch.waiting():
+            views = next(following)
+        lr = learning_rate(step, total=total, peak=peak, warmup=warmup, decay=schedule.decay, final=schedule.final)
+        decay = weight_decay(step, total=total, start=config.optimizer.weight_decay, final=schedule.final_weight_decay)
+        set_rates(optimizer, lr, decay)
+        # Whatever a method draws belongs to this step alone, so that a resumed run draws the same.
+        torch.manual_seed(_seed(config.seed, epoch, within, distributed.rank()))
+        output = _step(wrapped, method, optimizer, views, config, device)
+        done = step + 1
+        method.after_step(done / total)
+
+        last = within + 1 == plan.steps(epoch)
+        watch.step(output, train.batch_size, done, {"lr": lr, "weight_decay": decay}, last=last)
+        if last:
+            watch.epoch(epoch, train.epochs, done, judge(method) if judge and _judged(config, epoch) else {})
+        due = last if train.checkpoint_every is None else done % train.checkpoint_every == 0
+        if due or done == total:
+            watch.check(lr)
+            keep(_state(method, optimizer, done) if mine else None, done, watch.summary())
+
+
+def _prepare(method: Method, config: PretrainConfig, device: torch.device) -> nn.Module:
+    """Put the method on its device, and wrap it for DDP where there are several workers."""
+    train = config.train
+    method.to(device=device)
+    if train.channels_last:
+        method.to(memory_format=torch.channels_last)
+    if train.sync_bn and distributed.world() > 1:
+        distributed.convert_sync_batchnorm(method)
+    if train.compile:
+        for module in method.modules():
+            if isinstance(module, Backbone):
+                module.compile()
+    if distributed.world() == 1:
+        return method
+    # Without synchronised batch norm, rank 0's running statistics are everybody's, as they are in its checkpoint.
+    return DistributedDataParallel(
+        method,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=not train.sync_bn,
+        gradient_as_bucket_view=True,
+    )
+
+
+def _step(
+    wrapped: nn.Module,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    views: Views,
+    config: PretrainConfig,
+    device: torch.device,
+) -> StepOutput:
+    """Forward and backward in `train.accumulate` parts, and the optimizer's step; the output is of the last part."""
+    train = config.train
+    method.train()
+    output: StepOutput
+    for index, part in enumerate(_split(views, train.accumulate), start=1):
+        alone = index < train.accumulate and isinstance(wrapped, DistributedDataParallel)
+        with wrapped.no_sync() if alone else contextlib.nullcontext():
+            with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+                output = wrapped(part)
+            (output.loss / train.accumulate).backward()
+    if train.clip_norm is not None:
+        nn.utils.clip_grad_norm_(method.parameters(), train.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return output
+
+
+def _judged(config: PretrainConfig, epoch: int) -> bool:
+    online = config.evaluation.online
+    return online is not None and ((epoch + 1) % online.every == 0 or epoch + 1 == config.train.epochs)
+
+
+def _seed(*coordinates: int) -> int:
+    return int(np.random.SeedSequence(coordinates).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _split(views: Views, parts: int) -> Iterator[Views]:
+    if parts == 1:
+        yield views
+        return
+    for columns in zip(*(x.chunk(parts) for x in (*views.views, views.id, views.label)), strict=True):
+        *images, ids, labels = columns
+        yield Views(list(images), ids, labels)
+
+
+def _state(method: Method, optimizer: torch.optim.Optimizer, step: int) -> State:
+    """A copy on the CPU, which the next step does not change."""
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.detach().to("cpu", copy=True)
+        if isinstance(value, dict):
+            return {key: copy(item) for key, item in value.items()}
+        return [copy(item) for item in value] if isinstance(value, list) else value
+
+    return State(copy(dict(method.state_dict())), copy(optimizer.state_dict()), step, distributed.world())

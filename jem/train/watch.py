@@ -1,0 +1,145 @@
+"""What a run tells while it trains: terms, rates, waiting, the health of the embedding, and what is wrong in words."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from jem import distributed
+from jem.config import TrainConfig
+from jem.errors import RunError
+from jem.evaluate.collapse import Health, Verdict, embedding_health, verdict
+from jem.methods.base import StepOutput
+
+Summary = dict[str, float | str]
+"""The last value of each metric, `collapse` (0, or the type, 1 or 2) and `verdict` (the same in words)."""
+WAIT_WARNING = 0.1
+"""Share of time spent waiting for data above which a hint is given."""
+
+
+class Reporter(Protocol):
+    """Where a run's news go. Only rank 0 has news."""
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        """Numbers of one step."""
+
+    def progress(self, images: int, info: dict[str, float]) -> None:
+        """So many more images were trained on."""
+
+    def say(self, message: str) -> None:
+        """A line for the user."""
+
+
+class Watch:
+    """Measures the steps of one worker, and tells the reporter every `log_every` steps.
+
+    Numbers stay on the device until they are told, so that no step waits for them.
+    """
+
+    def __init__(self, config: TrainConfig, reporter: Reporter, step: int) -> None:
+        self._config, self._reporter = config, reporter
+        self._told = step
+        self._images, self._waited, self._began = 0, 0.0, time.monotonic()
+        self._first_bad: Tensor | None = None
+        self._names: list[str] = []
+        self._rates: dict[str, float] = {}
+        self._hinted = False
+        self.health: Health | None = None
+        self.verdict: Verdict | None = None
+        self.last: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        asked = time.monotonic()
+        yield
+        self._waited += time.monotonic() - asked
+
+    def step(self, output: StepOutput, images: int, step: int, rates: dict[str, float], *, last: bool) -> None:
+        """Note step number `step` (from 1) with its global count of `images`; `last` is an epoch's last step.
+
+        Raises:
+            RunError: A term was not finite since the last time it was told, on any worker.
+        """
+        self._images += images
+        self._note_terms(output, step)
+        due = step % self._config.log_every == 0
+        sick = step % self._config.health_every == 0
+        if due or sick or last:
+            self.check(rates["lr"])
+        if due:
+            self._tell(
+                dict(zip(self._names, distributed.all_reduce_mean(self._values).tolist(), strict=True)) | rates, step
+            )
+        if sick or last:
+            self._examine(output.embedding, step)
+
+    def _note_terms(self, output: StepOutput, step: int) -> None:
+        self._names = ["loss", *output.terms]
+        self._values = torch.stack([output.loss.detach(), *(term.detach() for term in output.terms.values())]).double()
+        if self._first_bad is None:
+            self._first_bad = torch.full((len(self._names),), -1, dtype=torch.int64, device=self._values.device)
+        bad = (self._first_bad < 0) & ~torch.isfinite(self._values)
+        self._first_bad = torch.where(bad, step, self._first_bad)
+
+    def check(self, lr: float) -> None:
+        """Stop the run if a term was not finite, on any worker.
+
+        Raises:
+            RunError: Names the step, the terms, and what helps.
+        """
+        if self._first_bad is None:
+            return
+        first = distributed.gather(self._first_bad.unsqueeze(0)).amax(0).tolist()
+        bad = {name: step for name, step in zip(self._names, first, strict=True) if step >= 0}
+        if bad:
+            raise RunError(
+                f"not finite since step {min(bad.values())}: {', '.join(bad)}. Lower optimizer.lr (the rate was "
+                f"{lr:.3g}), lengthen schedule.warmup_epochs or set train.clip_norm; the last checkpoint is kept"
+            )
+
+    def _tell(self, values: dict[str, float], step: int) -> None:
+        elapsed = max(time.monotonic() - self._began, 1e-9)
+        self._rates = {"images_per_second": self._images / elapsed, "wait_share": self._waited / elapsed}
+        self._reporter.metrics({f"train/{name}": value for name, value in (values | self._rates).items()}, step)
+        self._reporter.progress(self._images, {"loss": values["loss"], "wait": self._rates["wait_share"]})
+        if self._rates["wait_share"] > WAIT_WARNING and self._told > 0 and not self._hinted:
+            self._hinted = True
+            self._reporter.say(
+                f"waiting for data takes {self._rates['wait_share']:.0%} of the time: raise stream.decode_tasks, add "
+                "CPU nodes, or make smaller images once with `jem ingest --short-side`"
+            )
+        self._told = step
+        self._images, self._waited, self._began = 0, 0.0, time.monotonic()
+        self.last = values | self._rates
+
+    def _examine(self, embedding: Tensor, step: int) -> None:
+        self.health = embedding_health(distributed.gather(embedding.detach().float()))
+        found = verdict(self.health)
+        self._reporter.metrics({f"health/{name}": value for name, value in asdict(self.health).items()}, step)
+        if found.kind != (self.verdict.kind if self.verdict is not None else 0):
+            self._reporter.say(f"step {step}: {found.words}")
+        self.verdict = found
+
+    def epoch(self, epoch: int, epochs: int, step: int, judged: dict[str, float]) -> None:
+        """Tell what an epoch came to; `judged` is what an evaluation at its end found."""
+        assert self.health is not None
+        self._reporter.metrics({f"online/{name}": value for name, value in judged.items()} | {"epoch": epoch + 1}, step)
+        self.last |= judged
+        parts = [f"{name} {value:.3g}" for name, value in self.last.items() if name in ("loss", *judged)]
+        health = f"std {self.health.std:.2f}, rank {self.health.rankme:.0f}/{min(self.health.rows, self.health.dim)}"
+        speed = f", {self.last['images_per_second']:.0f} img/s" if "images_per_second" in self.last else ""
+        self._reporter.say(f"epoch {epoch + 1}/{epochs}: {', '.join([*parts, health])}{speed}")
+
+    def summary(self) -> Summary:
+        """What is known now."""
+        values: Summary = dict(self.last)
+        if self.health is not None and self.verdict is not None:
+            values |= asdict(self.health) | {"collapse": self.verdict.kind, "verdict": self.verdict.words}
+        return values

@@ -1,0 +1,299 @@
+"""Pretraining: check, train, judge, register."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jem.evaluate.extract import extract_features
+from jem.tracking.registry import register_encoder
+
+import jem
+from jem.config import PretrainConfig
+from jem.data.index import Index, open_index
+from jem.data.read import count_classes, read_rows
+from jem.encoder import Encoder, EncoderInfo, save_encoder
+from jem.errors import InputError
+from jem.evaluate.judge import Features, hold_out, judge
+from jem.methods import build_method
+from jem.tracking.pictures import loss_curves, projection
+from jem.tracking.runs import Tracker, stripped
+from jem.train.launch import Job, Trained, train
+from jem.train.online import encoder_of
+from jem.train.schedules import scaled_lr
+from pipelines.cluster import check_shared, connect, place
+from pipelines.command import main_for
+from pipelines.folder import RunFolder
+from pipelines.settings import dump_config
+
+PREVIEW_IMAGES = 6
+SMALL_BATCH = 64
+"""Below it VICReg's variance and covariance are noise (the paper's smallest batch is 128)."""
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """A finished pretraining."""
+
+    name: str
+    run_id: str
+    """In MLflow."""
+    encoder: str
+    """URI of the registered version, models:/NAME/VERSION."""
+    pretrained: dict[str, float]
+    """`knn` and `linear`, accuracies in [0, 1], where there are labels; spread of the features in any case."""
+    random: dict[str, float]
+    """The same of an untrained encoder; empty unless `evaluation.random_baseline`."""
+    collapse: int
+    """0, or the type: 1 complete, 2 informational."""
+    verdict: str
+    """The same in words."""
+
+
+@dataclass(frozen=True)
+class _Data:
+    train: Index
+    test: Index | None
+    classes: int | None
+
+
+def pretrain(config: PretrainConfig) -> PretrainResult:
+    """Pretrain an encoder, judge it beside an untrained one, and register it.
+
+    Raises:
+        InputError: Before anything is written, if the data, the storage, the cluster or MLflow will not do.
+        RunError: The training could not finish; it can go on with `resume`.
+    """
+    if config.resume is not None:
+        config, folder, record = _resumed(config)
+    else:
+        name = config.name or f"{config.method.name}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+        folder, record = RunFolder.at(config.storage, name), None
+        if folder.exists():
+            raise InputError(
+                f"{folder.storage} has a run {name} already: go on with it (--resume {name}), or give another --name"
+            )
+    data = _open(config)
+    if record is not None and record["data"] != _fingerprint(data.train):
+        raise InputError(f"the data set changed since run {folder.name} began: it cannot go on; start a new run")
+    folder.check_writable()
+
+    with connect(config.cluster) as cluster:
+        placement = place(config.cluster, config.stream, cluster, _pool_cpus(config))
+        check_shared(cluster, folder.storage, config.data)
+        tracker = Tracker(config.track)
+        stored = yaml.safe_dump(stripped(yaml.safe_load(dump_config(config))), sort_keys=False)
+        if record is None:
+            tags = {"jem.job": "pretrain", "jem.method": config.method.name, "jem.name": folder.name}
+            record = {
+                "run_id": tracker.start_run(folder.name, config, tags),
+                "data": _fingerprint(data.train),
+                "status": "running",
+                "jem": jem.__version__,
+            }
+            folder.write(stored, record)
+            tracker.log_text(record["run_id"], stored, "config.yaml")
+            tracker.log_image(record["run_id"], _views_picture(config, data.train), "views.png")
+        else:
+            tracker.resume_run(record["run_id"])
+        with _ending(tracker, folder, record):
+            _announce(config, data, folder.name, str(cluster), gpu=placement.gpu)
+            job = Job(
+                config=config,
+                name=folder.name,
+                storage=folder.storage,
+                index=data.train,
+                test=data.test,
+                classes=data.classes,
+                gpu=placement.gpu,
+                decode_tasks=placement.decode_tasks,
+                tracking_uri=tracker.uri,
+                run_id=record["run_id"],
+            )
+            result = _finish(job, train(job), data, tracker)
+    _print(result, config, tracker.where(result.run_id))
+    return result
+
+
+# --- before -------------------------------------------------------------------------------------------------------
+
+
+def _resumed(given: PretrainConfig) -> tuple[PretrainConfig, RunFolder, dict[str, Any]]:
+    """The run's own configuration; of what is given only places may differ from it."""
+    assert given.resume is not None
+    folder = RunFolder.at(given.storage, given.resume)
+    text, record = folder.read()
+    if record["status"] == "finished":
+        raise InputError(f"run {folder.name} is finished: there is nothing to resume; start a new run")
+    own = PretrainConfig.model_validate(yaml.safe_load(text))
+    flat, base, kept = (_flat(each.model_dump()) for each in (given, PretrainConfig(data=own.data), own))
+    places = {"resume", "name", "storage", "data", "test", "cluster.address", "track.uri"}
+    other = [key for key in flat if key not in places and flat[key] not in (base.get(key), kept.get(key))]
+    if other:
+        raise InputError(f"a resumed run keeps its settings: leave out --{other[0]} (it was {kept.get(other[0])})")
+    changes: dict[str, Any] = {"storage": given.storage, "resume": given.resume}
+    changes |= {name: value for name in ("data", "test") if (value := getattr(given, name))}
+    changes["cluster"] = own.cluster.model_copy(update={"address": given.cluster.address or own.cluster.address})
+    changes["track"] = own.track.model_copy(update={"uri": given.track.uri or own.track.uri})
+    return own.model_copy(update=changes), folder, record
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    items = [_flat(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items()]
+    return {key: item for each in items for key, item in each.items()}
+
+
+def _open(config: PretrainConfig) -> _Data:
+    index = open_index(config.data, config.limit)
+    test = open_index(config.test) if config.test is not None else None
+    if test is not None and test.label_column is None:
+        raise InputError(f"the test set {config.test} has no labels: give a labelled one, or leave out --test")
+    classes = count_classes(index)
+    if config.train.batch_size > len(index):
+        raise InputError(
+            f"{config.data} has {len(index)} images, which do not fill one batch of train.batch_size "
+            f"{config.train.batch_size}: lower it"
+        )
+    build_method(config.method, config.backbone, classes)
+    return _Data(index, test, classes)
+
+
+def _fingerprint(index: Index) -> str:
+    return hashlib.sha256(repr((len(index), index.rows.tolist())).encode()).hexdigest()[:16]
+
+
+def _pool_cpus(config: PretrainConfig) -> float:
+    augment = config.augment
+    return augment.pool_cpus * augment.pool_actors if augment.placement == "pool" else 0.0
+
+
+def _announce(config: PretrainConfig, data: _Data, name: str, cluster: str, *, gpu: bool) -> None:
+    train, steps = config.train, len(data.train) // config.train.batch_size
+    rate = scaled_lr(config.optimizer.lr, train.batch_size, config.schedule.scale_lr)
+    print(f"run {name}: {config.method.name}, {config.backbone.name}, on {cluster}")
+    print(
+        f"  {len(data.train):,} images, {train.epochs} epochs of {steps} steps, batch {train.batch_size} on "
+        f"{config.cluster.workers} {'GPU' if gpu else 'CPU'} worker(s)"
+    )
+    print(
+        f"  {config.optimizer.name}, learning rate {rate:.4g} = {config.optimizer.lr:g} scaled "
+        f"({config.schedule.scale_lr}) by batch {train.batch_size} / 256",
+        flush=True,
+    )
+    if config.method.name == "vicreg" and train.batch_size < SMALL_BATCH:
+        print(f"  warning: batch {train.batch_size} is small for VICReg's statistics: take {SMALL_BATCH} or more")
+
+
+@contextlib.contextmanager
+def _ending(tracker: Tracker, folder: RunFolder, record: dict[str, Any]) -> Iterator[None]:
+    """Says in MLflow and in the folder how the run ended."""
+    status, ended = "FAILED", "failed"
+    try:
+        yield
+        status, ended = "FINISHED", "finished"
+    except (KeyboardInterrupt, SystemExit):
+        status, ended = "KILLED", "stopped"
+        raise
+    finally:
+        tracker.finish(record["run_id"], status)  # type: ignore[arg-type]
+        folder.note(record | {"status": ended})
+
+
+# --- after --------------------------------------------------------------------------------------------------------
+
+
+def _finish(job: Job, trained: Trained, data: _Data, tracker: Tracker) -> PretrainResult:
+    config, run_id = job.config, job.run_id
+    method = build_method(config.method, config.backbone, data.classes)
+    method.load_state_dict(trained.state.model)
+    encoder = encoder_of(method, config).eval()
+    collapse, verdict = int(trained.summary["collapse"]), str(trained.summary["verdict"])
+
+    features, test = _features(encoder, job, data)
+    pretrained = judge(features, test, config.evaluation, config.seed)
+    untrained: dict[str, float] = {}
+    if config.evaluation.random_baseline:
+        untrained = judge(*_features(_untrained(config, data), job, data), config.evaluation, config.seed)
+
+    step = trained.state.step
+    tracker.log_metrics(run_id, {f"final/{key}": value for key, value in pretrained.items()}, step)
+    tracker.log_metrics(run_id, {f"random/{key}": value for key, value in untrained.items()}, step)
+    tracker.set_tags(run_id, {"jem.collapse": collapse, "jem.verdict": verdict})
+    shown = test if test is not None else hold_out(features, config.seed)[1]
+    tracker.log_figure(
+        run_id, projection(shown.features.numpy(), shown.labels.numpy(), data.train.classes), "features.png"
+    )
+    tracker.log_figure(run_id, loss_curves(tracker.history(run_id)), "curves.png")
+
+    version = _register(job, encoder, pretrained, untrained, collapse, verdict)
+    tracker.set_tags(run_id, {"jem.encoder": version})
+    return PretrainResult(job.name, run_id, version, pretrained, untrained, collapse, verdict)
+
+
+def _features(encoder: Encoder, job: Job, data: _Data) -> tuple[Features, Features | None]:
+    def extract(index: Index) -> Features:
+        return extract_features(
+            encoder, index, job.config.stream, job.config.evaluation.batch_size, job.config.cluster.workers, gpu=job.gpu
+        )
+
+    return extract(data.train), extract(data.test) if data.test is not None else None
+
+
+def _untrained(config: PretrainConfig, data: _Data) -> Encoder:
+    torch.manual_seed(config.seed)
+    return encoder_of(build_method(config.method, config.backbone, data.classes), config).eval()
+
+
+def _register(
+    job: Job, encoder: Encoder, pretrained: dict[str, float], untrained: dict[str, float], collapse: int, verdict: str
+) -> str:
+    config = job.config
+    name = config.track.register_as or f"{config.method.name}-{config.backbone.name}"
+    settings = stripped(config.model_dump(mode="json"))
+    info = EncoderInfo(method=config.method.name, data=config.data, metrics=pretrained, config=settings)
+    tags = {"run": job.name, "collapse": str(collapse), "verdict": verdict}
+    tags |= {f"random.{key}": f"{value:.4f}" for key, value in untrained.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        save_encoder(encoder, Path(folder) / "encoder", info)
+        # A collapsed encoder is kept for study, but takes no alias from a good one.
+        alias = config.track.alias if not collapse else None
+        version = register_encoder(Path(folder) / "encoder", name, job.run_id, tags, alias, config.track)
+    return f"models:/{name}/{version}"
+
+
+def _views_picture(config: PretrainConfig, index: Index) -> Any:
+    from jem.augment.preview import preview
+
+    from jem.augment.views import Augment, generator
+
+    batch = read_rows(index, range(min(PREVIEW_IMAGES, len(index))), config.stream.canvas, config.stream.pixel_limit)
+    return preview(batch, Augment(config.augment), generator(config.seed, 0, 0, 0))
+
+
+def _print(result: PretrainResult, config: PretrainConfig, where: str) -> None:
+    print(f"\n{result.name}: {result.verdict}")
+    columns = [("random", result.random), ("pretrained", result.pretrained)]
+    for label, key in (("kNN", "knn"), ("linear", "linear")):
+        found = [f"{title} {figures[key]:.1%}" for title, figures in columns if key in figures]
+        if found:
+            print(f"  {label:<7}{', '.join(found)}")
+    print(f"  RankMe {result.pretrained['rankme']:.0f}")
+    print(f"registered as {result.encoder}" + (f"@{config.track.alias}" if config.track.alias else ""))
+    print(f"  use it:    jem.load_encoder({result.encoder!r})")
+    print(f"  embed:     jem embed --encoder {result.encoder} --data {config.data} --out embeddings")
+    print(f"  look:      {where}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main_for("pretrain"))
