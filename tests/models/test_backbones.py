@@ -1,0 +1,69 @@
+"""Backbones are torchvision's networks without the classifier."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from jem.config import BackboneConfig
+from jem.models.backbones import build_backbone
+
+
+def make(**settings: object):
+    torch.manual_seed(0)
+    return build_backbone(BackboneConfig(**settings))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+def test_with_the_imagenet_stem_it_is_torchvisions(name: str) -> None:
+    backbone = make(name=name).eval()
+    reference = getattr(torchvision.models, name)(weights=None).eval()
+    missing = reference.load_state_dict(backbone.state_dict(), strict=False)
+    assert missing.missing_keys == ["fc.weight", "fc.bias"]
+    assert missing.unexpected_keys == []
+    reference.fc = nn.Identity()
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(backbone(images), reference(images), rtol=1e-5, atol=1e-6)
+    assert backbone(images).shape == (2, backbone.dim)
+    assert backbone.dim == {"resnet18": 512, "resnet34": 512, "resnet50": 2048}[name]
+
+
+@pytest.mark.parametrize(("stem", "side"), [("imagenet", 1), ("stride2", 2), ("cifar", 4)])
+def test_stem_says_how_fine_the_last_feature_map_is(stem: str, side: int) -> None:
+    backbone = make(stem=stem).eval()
+    images = torch.randn(2, 3, 32, 32)
+    features = backbone.features(images)
+    assert features.shape == (2, 512, side, side)
+    torch.testing.assert_close(backbone(images), features.mean(dim=(2, 3)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("stem", "stride"), [("stride2", 2), ("cifar", 1)])
+def test_small_stems_are_one_convolution_of_three_drawn_as_torchvisions(stem: str, stride: int) -> None:
+    conv = make(stem=stem).conv1
+    assert (conv.kernel_size, conv.stride, conv.padding, conv.bias) == ((3, 3), (stride, stride), (1, 1), None)
+    assert conv.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("zero_init", [True, False])
+def test_last_norm_of_every_block_begins_at_zero_if_asked(name: str, zero_init: bool) -> None:
+    backbone = make(name=name, zero_init=zero_init)
+    last = "bn2" if name == "resnet18" else "bn3"
+    blocks = [block for i in range(1, 5) for block in getattr(backbone, f"layer{i}")]
+    assert {getattr(block, last).weight.abs().sum().item() == 0 for block in blocks} == {zero_init}
+
+
+def test_it_remembers_its_configuration_and_the_seed_decides_its_weights() -> None:
+    config = BackboneConfig(stem="cifar")
+    first, second = make(stem="cifar"), make(stem="cifar")
+    assert first.config == config
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_it_exports_with_a_dynamic_batch() -> None:
+    backbone = make(stem="stride2").eval()
+    program = torch.export.export(backbone, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: torch.export.Dim("n")},))
+    images = torch.randn(5, 3, 32, 32)
+    torch.testing.assert_close(program.module()(images), backbone(images), rtol=1e-4, atol=1e-5)
