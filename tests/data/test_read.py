@@ -1,0 +1,244 @@
+"""Reading without Ray: the right image under each id, in the plan's order, and errors that name the image."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from jem.config import StreamConfig
+from jem.data.decode import decode_canvas
+from jem.data.index import Index, open_index
+from jem.data.plan import Plan, Position
+from jem.data.read import as_batch, local_batches, read_rows, read_window
+from jem.errors import RunError
+
+LIMIT = 10**6
+
+
+def colours(number: int) -> tuple[int, int, int]:
+    """A colour of each number's own."""
+    return number % 256, number // 256, 77
+
+
+def picture(number: int, width: int = 8, height: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), colours(number)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(path: Path, numbers: list[int], group: int, **columns: pa.Array) -> None:
+    images = [{"bytes": picture(number), "path": f"{number}.png"} for number in numbers]
+    pq.write_table(pa.table({"image": images, **columns}), path, row_group_size=group)
+
+
+@pytest.fixture
+def numbered(tmp_path: Path) -> Index:
+    """300 images, each of a colour that tells its position, in three shards; no ids."""
+    for shard in range(3):
+        numbers = list(range(shard * 100, shard * 100 + 100))
+        write(tmp_path / f"{shard}.parquet", numbers, 30, label=pa.array(np.array(numbers) % 10))
+    return open_index(str(tmp_path))
+
+
+def told(image: torch.Tensor) -> torch.Tensor:
+    """The numbers that the colours of (N, 3, S, S) tell."""
+    return image[:, 0, 0, 0].long() + 256 * image[:, 1, 0, 0].long()
+
+
+def test_each_image_comes_under_its_id_with_its_label(numbered: Index) -> None:
+    plan = Plan(numbered.rows, seed=0, batch_size=20, world=2)
+    seen = []
+    for rank in range(2):
+        for batch in local_batches(numbered, plan, StreamConfig(canvas=8), rank, Position(0, 0), 1):
+            torch.testing.assert_close(told(batch.image), batch.id)
+            torch.testing.assert_close(batch.label, batch.id % 10)
+            assert (batch.image[:, 2] == 77).all()
+            seen += batch.id.tolist()
+    assert sorted(seen) == list(range(300))
+
+
+def test_a_batch_has_the_types_and_shapes_of_the_contract(numbered: Index) -> None:
+    plan = Plan(numbered.rows, seed=0, batch_size=16, world=1)
+    batch = next(local_batches(numbered, plan, StreamConfig(canvas=24), 0, Position(0, 0), 1))
+    assert batch.image.shape == (16, 3, 24, 24)
+    assert batch.image.dtype == torch.uint8
+    assert batch.image.is_contiguous(memory_format=torch.channels_last)
+    assert (batch.size.shape, batch.size.dtype) == ((16, 2), torch.int32)
+    assert (batch.id.shape, batch.id.dtype) == ((16,), torch.int64)
+    assert (batch.label.shape, batch.label.dtype) == ((16,), torch.int64)
+    assert len(batch) == 16
+
+
+def test_stopping_and_starting_again_gives_the_same_batches(numbered: Index) -> None:
+    plan = Plan(numbered.rows, seed=0, batch_size=32, world=2, remainder="carry")
+    stream = StreamConfig(canvas=8)
+    whole = list(local_batches(numbered, plan, stream, 1, Position(0, 0), 3))
+    for number in (0, 1, 7, 9, 10, 27):
+        rest = list(local_batches(numbered, plan, stream, 1, plan.position(number), 3))
+        assert len(rest) == len(whole) - number
+        for batch, expected in zip(rest, whole[number:], strict=True):
+            assert torch.equal(batch.id, expected.id)
+            assert torch.equal(batch.image, expected.image)
+
+
+def test_consumed_images_are_not_decoded(numbered: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+    real = decode_canvas
+
+    def count(data: bytes, *args: object, **kwargs: object) -> object:
+        decoded.append(data)
+        return real(data, *args, **kwargs)
+
+    monkeypatch.setattr("jem.data.read.decode_canvas", count)
+    plan = Plan(numbered.rows, seed=0, batch_size=10, world=1)
+    assert plan.window_steps() == 3
+    assert len(list(local_batches(numbered, plan, StreamConfig(canvas=8), 0, Position(0, 25), 1))) == 5
+    assert len(decoded) == 50
+
+
+def test_ids_of_the_data_set_are_kept(tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).permutation(50) + 1000
+    write(tmp_path / "a.parquet", list(range(50)), 20, id=pa.array(ids))
+    batch = read_rows(open_index(str(tmp_path)), np.arange(50), 8, LIMIT)
+    assert batch.id.tolist() == ids.tolist()
+    assert told(batch.image).tolist() == list(range(50))
+    assert (batch.label == -1).all()
+
+
+def test_missing_labels_are_minus_one(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [0, 1, 2], 2, label=pa.array([4, None, 6], pa.int16()))
+    assert read_rows(open_index(str(tmp_path)), [2, 1, 0], 8, LIMIT).label.tolist() == [6, -1, 4]
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_images_in_a_plain_column_are_read(tmp_path: Path, kind: pa.DataType) -> None:
+    data = pa.array([picture(number) for number in range(5)], kind)
+    pq.write_table(pa.table({"jpg": data, "text": ["a"] * 5}), tmp_path / "a.parquet", row_group_size=2)
+    assert told(read_rows(open_index(str(tmp_path)), [4, 0, 3], 8, LIMIT).image).tolist() == [4, 0, 3]
+
+
+def test_rows_come_in_the_order_asked_for_and_as_often(numbered: Index) -> None:
+    wanted = [299, 0, 150, 0, 31]
+    batch = read_rows(numbered, wanted, 8, LIMIT)
+    assert batch.id.tolist() == wanted
+    assert told(batch.image).tolist() == wanted
+    assert len(read_rows(numbered, [], 8, LIMIT)) == 0
+    for outside in (-1, 300):
+        with pytest.raises(IndexError, match=r"0 \.\.\. 299"):
+            read_rows(numbered, [outside], 8, LIMIT)
+
+
+def test_a_limit_leaves_the_other_rows_out(numbered: Index) -> None:
+    index = open_index(numbered.uri, limit=115)
+    plan = Plan(index.rows, seed=0, batch_size=5, world=1)
+    ids = [number for b in local_batches(index, plan, StreamConfig(canvas=8), 0, Position(0, 0), 1) for number in b.id]
+    assert sorted(map(int, ids)) == list(range(115))
+
+
+def test_a_shard_listed_twice_gives_its_images_twice_under_ids_of_their_own(numbered: Index) -> None:
+    index = open_index([numbered.files[1], numbered.files[0], numbered.files[1]])
+    plan = Plan(index.rows, seed=0, batch_size=10, world=2)
+    ids, numbers = [], []
+    for rank in range(2):
+        for batch in local_batches(index, plan, StreamConfig(canvas=8), rank, Position(0, 0), 1):
+            ids += batch.id.tolist()
+            numbers += told(batch.image).tolist()
+    assert sorted(ids) == list(range(300))
+    assert sorted(numbers) == sorted([*range(100), *range(100, 200), *range(100, 200)])
+
+
+def test_size_is_that_of_the_image_before_it_was_squashed(tmp_path: Path) -> None:
+    images = [{"bytes": picture(1, width=30, height=20), "path": ""}, {"bytes": picture(2, 7, 40), "path": ""}]
+    pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet")
+    batch = read_rows(open_index(str(tmp_path)), [0, 1], 16, LIMIT)
+    assert batch.size.tolist() == [[20, 30], [40, 7]]
+    assert batch.image.shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize(("data", "reason"), [(b"text", ""), (b"", "empty"), (None, "empty")])
+def test_an_image_that_cannot_be_decoded_is_named_with_the_remedy(
+    tmp_path: Path, data: bytes | None, reason: str
+) -> None:
+    images = [{"bytes": picture(number), "path": ""} for number in range(9)]
+    images[7]["bytes"] = data
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    pq.write_table(pa.table({"image": pa.array(images, kind)}), tmp_path / "a.parquet", row_group_size=5)
+    index = open_index(str(tmp_path))
+    assert read_rows(index, [6, 8], 8, LIMIT).id.tolist() == [6, 8]
+    with pytest.raises(RunError) as caught:
+        read_rows(index, range(9), 8, LIMIT)
+    words = str(caught.value)
+    assert f"row 2 of row group 1 of {tmp_path / 'a.parquet'}" in words
+    assert reason in words
+    assert "jem ingest" in words
+    assert "\n" not in words
+
+
+def test_the_pixel_limit_holds(numbered: Index) -> None:
+    with pytest.raises(RunError, match="pixel"):
+        read_rows(numbered, [0], 8, pixel_limit=63)
+
+
+def test_a_shard_that_went_away_is_named(numbered: Index) -> None:
+    Path(numbered.files[2]).unlink()
+    with pytest.raises(RunError, match=r"cannot read .*2\.parquet"):
+        read_rows(numbered, [0, 250], 8, LIMIT)
+
+
+def test_a_shard_that_was_replaced_by_a_shorter_one_is_named(numbered: Index) -> None:
+    write(Path(numbered.files[2]), [1, 2, 3], 30, label=pa.array([1, 2, 3]))
+    for row in (210, 299):
+        with pytest.raises(RunError, match=r"cannot read .*2\.parquet"):
+            read_rows(numbered, [0, row], 8, LIMIT)
+
+
+def test_a_window_is_decoded_batch_by_batch(numbered: Index) -> None:
+    plan = Plan(numbered.rows, seed=0, batch_size=10, world=1)
+    window = next(plan.windows(0, Position(0, 1), 1))
+    made = list(read_window(numbered, plan, window, 8, LIMIT))
+    assert [len(arrays["id"]) for arrays in made] == [10, 10]
+    assert made[0]["image"].shape == (10, 8, 8, 3)
+
+
+def test_arrays_become_tensors_without_a_copy_unless_they_are_read_only() -> None:
+    arrays = {
+        "image": np.zeros((2, 4, 4, 3), np.uint8),
+        "size": np.zeros((2, 2), np.int32),
+        "id": np.arange(2),
+        "label": np.arange(2),
+    }
+    batch = as_batch(arrays)
+    arrays["image"][1, 2, 3, 0] = 9
+    assert batch.image[1, 0, 2, 3] == 9
+    arrays["image"].setflags(write=False)
+    copied = as_batch(arrays)
+    copied.image[:] = 7
+    assert arrays["image"].max() == 9
+
+
+def test_index_and_order_are_had_without_torch_and_ray() -> None:
+    heavy = "[name for name in ('torch', 'ray', 'mlflow') if name in sys.modules]"
+    code = f"import sys, jem.data.plan, jem.data.index; print({heavy})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.strip() == "[]"
+
+
+def test_cifar_is_decoded_as_pillow_decodes_it(shared_data: Path) -> None:
+    index = open_index(str(shared_data / "cifar10" / "test"))
+    batch = read_rows(index, [5000, 17], 32, LIMIT)
+    table = pq.read_table(index.files[0])
+    for row, image, label in zip([5000, 17], batch.image, batch.label, strict=True):
+        stored = table.slice(row, 1).to_pylist()[0]
+        expected = np.asarray(Image.open(io.BytesIO(stored["image"]["bytes"])).convert("RGB"))
+        difference = np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected)
+        assert difference.max() <= 2
+        assert label == stored["label"]
