@@ -260,10 +260,9 @@ def _rebuild(architecture: BackboneConfig, weights: dict[str, Tensor]) -> nn.Mod
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as error:
-        detail = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"the weights are not those of {architecture.name} ({architecture.stem} stem): {detail}"
-        ) from error
+        network = f"{architecture.name} ({architecture.stem} stem)"
+        detail = " ".join(str(error).partition(":")[2].split())[:120]
+        raise InputError(f"these are not the weights of {network}: {detail}; give the bare backbone") from error
     return backbone
 
 
