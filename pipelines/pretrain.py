@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 import yaml
-from jem.evaluate.extract import extract_features
-from jem.tracking.registry import register_encoder
 
 import jem
 from jem.config import PretrainConfig
@@ -23,9 +21,11 @@ from jem.data.index import Index, open_index
 from jem.data.read import count_classes, read_rows
 from jem.encoder import Encoder, EncoderInfo, save_encoder
 from jem.errors import InputError
-from jem.evaluate.judge import Features, hold_out, judge
+from jem.evaluate.extract import extract_all
+from jem.evaluate.judge import judge
 from jem.methods import build_method
 from jem.tracking.pictures import loss_curves, projection
+from jem.tracking.registry import register_encoder
 from jem.tracking.runs import Tracker, stripped
 from jem.train.launch import Job, Trained, train
 from jem.train.online import encoder_of
@@ -220,17 +220,19 @@ def _finish(job: Job, trained: Trained, data: _Data, tracker: Tracker) -> Pretra
     encoder = encoder_of(method, config).eval()
     collapse, verdict = int(trained.summary["collapse"]), str(trained.summary["verdict"])
 
-    features, test = _features(encoder, job, data)
-    pretrained = judge(features, test, config.evaluation, config.seed)
-    untrained: dict[str, float] = {}
-    if config.evaluation.random_baseline:
-        untrained = judge(*_features(_untrained(config, data), job, data), config.evaluation, config.seed)
+    encoders = [encoder, _untrained(config, data)] if config.evaluation.random_baseline else [encoder]
+    sets = [data.train] if data.test is None else [data.train, data.test]
+    found = extract_all(
+        encoders, sets, config.stream, config.evaluation.batch_size, config.cluster.workers, gpu=job.gpu
+    )
+    figures = [judge(each[0], each[1] if each[1:] else None, config.evaluation, config.seed) for each in found]
+    pretrained, untrained = figures[0], figures[1] if figures[1:] else {}
 
     step = trained.state.step
     tracker.log_metrics(run_id, {f"final/{key}": value for key, value in pretrained.items()}, step)
     tracker.log_metrics(run_id, {f"random/{key}": value for key, value in untrained.items()}, step)
     tracker.set_tags(run_id, {"jem.collapse": collapse, "jem.verdict": verdict})
-    shown = test if test is not None else hold_out(features, config.seed)[1]
+    shown = found[0][-1]
     tracker.log_figure(
         run_id, projection(shown.features.numpy(), shown.labels.numpy(), data.train.classes), "features.png"
     )
@@ -239,15 +241,6 @@ def _finish(job: Job, trained: Trained, data: _Data, tracker: Tracker) -> Pretra
     version = _register(job, encoder, pretrained, untrained, collapse, verdict)
     tracker.set_tags(run_id, {"jem.encoder": version})
     return PretrainResult(job.name, run_id, version, pretrained, untrained, collapse, verdict)
-
-
-def _features(encoder: Encoder, job: Job, data: _Data) -> tuple[Features, Features | None]:
-    def extract(index: Index) -> Features:
-        return extract_features(
-            encoder, index, job.config.stream, job.config.evaluation.batch_size, job.config.cluster.workers, gpu=job.gpu
-        )
-
-    return extract(data.train), extract(data.test) if data.test is not None else None
 
 
 def _untrained(config: PretrainConfig, data: _Data) -> Encoder:
@@ -274,7 +267,6 @@ def _register(
 
 def _views_picture(config: PretrainConfig, index: Index) -> Any:
     from jem.augment.preview import preview
-
     from jem.augment.views import Augment, generator
 
     batch = read_rows(index, range(min(PREVIEW_IMAGES, len(index))), config.stream.canvas, config.stream.pixel_limit)
