@@ -9,7 +9,6 @@ millions of objects at the start.
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import threading
 from dataclasses import asdict
@@ -24,7 +23,7 @@ from ray.data import ExecutionResources, TaskPoolStrategy
 
 from jem.data.plan import Plan, Position, Window
 from jem.data.read import Arrays, Rows, as_batch, read_window
-from jem.errors import InputError, RunError
+from jem.errors import RunError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -47,30 +46,6 @@ DEADLINE = 300.0
 """Seconds in which a batch must come."""
 QUIET = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
 """Loggers that would report every execution, and that it has no progress bar."""
-
-
-def decode_tasks(stream: StreamConfig, cpus: float, reserved: float, world: int) -> int:
-    """Decode tasks at a time per worker: what is set, or one per CPU of the cluster, shared, if they have a place.
-
-    Args:
-        stream: Its `decode_tasks`, if set, is the answer; otherwise `decode_cpus` limits it.
-        cpus: CPUs of the cluster.
-        reserved: CPUs of it that the train workers reserve.
-        world: Number of train workers.
-
-    Raises:
-        InputError: Not one task has a place beside the train workers.
-    """
-    places = math.floor((cpus - reserved) / stream.decode_cpus + 1e-6)
-    if places < 1:
-        raise InputError(
-            f"no CPU is left to decode images: the cluster has {cpus:g}, its train workers reserve {reserved:g}, one "
-            f"decode task needs {stream.decode_cpus:g}; "
-            "lower cluster.workers, cluster.cpus_per_worker or stream.decode_cpus"
-        )
-    if stream.decode_tasks is not None:
-        return stream.decode_tasks
-    return max(1, min(places, math.ceil(cpus)) // world)
 
 
 def ray_batches(
@@ -209,7 +184,7 @@ def _decoded(index: Index, plan: Plan, stream: StreamConfig, windows: Sequence[W
         batch_format="pyarrow",
         batch_size=None,
         num_cpus=stream.decode_cpus,
-        compute=TaskPoolStrategy(size=tasks),
+        compute=TaskPoolStrategy(size=min(tasks, len(windows))),
     )
 
 
@@ -333,11 +308,11 @@ def _waited(deadline: float, stream: StreamConfig) -> str:
     )
 
 
-def _cause(error: BaseException) -> BaseException:
+def _cause(error: BaseException) -> RunError:
     """Our own error within Ray's, which names the image and the remedy; or else Ray's as one line."""
     inner: BaseException | None = error
     while inner is not None:
         if type(inner) is RunError:  # Ray's copies of it are subclasses, whose text is a traceback
-            return inner
+            return RunError(str(inner).splitlines()[0])  # and it adds lines of advice about its own settings
         inner = getattr(inner, "cause", None) or inner.__cause__
     return RunError(f"decoding failed: {' '.join(str(error).split())[-300:]}")

@@ -1,0 +1,299 @@
+"""The stream on Ray: what `local_batches` gives, whatever the cluster does in between."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from jem.batch import Batch, Views
+from jem.config import AugmentConfig, StreamConfig
+from jem.data import stream as stream_module
+from jem.data.index import Index, open_index
+from jem.data.plan import Plan, Position
+from jem.data.read import local_batches
+from jem.data.stream import dataset, ray_batches, views_batches
+from jem.errors import RunError
+
+pytestmark = pytest.mark.ray
+
+SMALL = StreamConfig(canvas=8)
+START = Position(0, 0)
+
+
+def picture(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (number % 256, number // 256, 77)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def told(image: torch.Tensor) -> torch.Tensor:
+    """The numbers that the colours of (N, 3, S, S) tell."""
+    return image[:, 0, 0, 0].long() + 256 * image[:, 1, 0, 0].long()
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """500 images, each of a colour that tells its position, in row groups of 30."""
+    folder = tmp_path_factory.mktemp("numbered")
+    for shard in range(2):
+        numbers = np.arange(250) + 250 * shard
+        images = [{"bytes": picture(number), "path": ""} for number in numbers]
+        pq.write_table(
+            pa.table({"image": images, "label": numbers % 10}), folder / f"{shard}.parquet", row_group_size=30
+        )
+    return open_index(str(folder))
+
+
+@pytest.fixture(scope="module")
+def cifar(shared_data: Path) -> Index:
+    return open_index(str(shared_data / "cifar10" / "train"), limit=5500)
+
+
+def ids(batches: itertools.chain[Batch] | object) -> list[list[int]]:
+    return [batch.id.tolist() for batch in batches]  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("remainder", ["drop", "carry"])
+def test_three_epochs_on_two_workers_have_each_image_once(cifar: Index, remainder: str) -> None:
+    plan = Plan(cifar.rows, seed=0, batch_size=256, world=2, remainder=remainder)
+    stream = StreamConfig(canvas=32)
+    sequence: list[list[int]] = [[] for _ in range(3)]
+    for rank in range(2):
+        batches = ray_batches(cifar, plan, stream, rank, START, 3, decode_tasks=2)
+        expected = local_batches(cifar, plan, stream, rank, START, 3)
+        for position, batch, same in zip(plan.positions(START, 3), batches, expected, strict=True):
+            assert torch.equal(batch.id, same.id)
+            assert torch.equal(batch.image, same.image)
+            assert torch.equal(batch.label, same.label)
+            assert torch.equal(batch.size, same.size)
+            sequence[position.epoch] += batch.id.tolist()
+    if remainder == "drop":
+        assert [len(set(epoch)) for epoch in sequence] == [len(epoch) for epoch in sequence] == [21 * 256] * 3
+    else:
+        assert [len(epoch) for epoch in sequence] == [21 * 256, 21 * 256, 22 * 256]
+        seen = np.bincount(np.concatenate(sequence), minlength=len(cifar))
+        assert (seen == 2).sum() == 3 * 5500 % 256
+        assert (seen == 3).sum() == 5500 - 3 * 5500 % 256
+    assert sequence[0][:256] != sequence[1][:256]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("tasks", [1, 3, 4])
+def test_the_order_is_the_same_with_any_number_of_decode_tasks(numbered: Index, tasks: int) -> None:
+    plan = Plan(numbered.rows, seed=5, batch_size=20, world=2, window=1)
+    found = list(ray_batches(numbered, plan, SMALL, 1, START, 2, decode_tasks=tasks))
+    assert ids(found) == ids(local_batches(numbered, plan, SMALL, 1, START, 2))
+    for batch in found:
+        assert torch.equal(told(batch.image), batch.id)
+        assert torch.equal(batch.label, batch.id % 10)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_batch_has_the_types_and_shapes_of_the_contract(numbered: Index) -> None:
+    plan = Plan(numbered.rows, seed=0, batch_size=16, world=1)
+    batches = ray_batches(numbered, plan, StreamConfig(canvas=24), 0, START, 1, decode_tasks=1)
+    batch = next(batches)
+    batches.close()
+    assert batch.image.shape == (16, 3, 24, 24)
+    assert batch.image.dtype == torch.uint8
+    assert batch.image.is_contiguous(memory_format=torch.channels_last)
+    assert (batch.size.shape, batch.size.dtype) == ((16, 2), torch.int32)
+    assert (batch.id.dtype, batch.label.dtype) == (torch.int64, torch.int64)
+    batch.image[:] = 0  # its own memory, not the object store's
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("stop", [1, 12, 24, 25, 26, 49])
+def test_stopped_at_any_step_and_resumed_it_goes_on_without_repeat_or_gap(numbered: Index, stop: int) -> None:
+    plan = Plan(numbered.rows, seed=2, batch_size=20, world=1, remainder="carry")
+    whole = ids(local_batches(numbered, plan, SMALL, 0, START, 2))
+    assert len(whole) == 50
+    before = ray_batches(numbered, plan, SMALL, 0, START, 2, decode_tasks=2)
+    consumed = ids(itertools.islice(before, stop))
+    before.close()
+    rest = ids(ray_batches(numbered, plan, SMALL, 0, plan.position(stop), 2, decode_tasks=2))
+    assert consumed + rest == whole
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_shard_listed_twice_loses_nothing(numbered: Index) -> None:
+    index = open_index([numbered.files[0], numbered.files[1], numbered.files[0]])
+    plan = Plan(index.rows, seed=0, batch_size=10, world=1)
+    found = list(ray_batches(index, plan, SMALL, 0, START, 1, decode_tasks=2))
+    assert sorted(itertools.chain(*ids(found))) == list(range(750))
+    numbers = sorted(int(number) for batch in found for number in told(batch.image))
+    assert numbers == sorted([*range(500), *range(250)])
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_long_run_goes_through_many_executions_in_order(numbered: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "SPAN", 9)
+    plan = Plan(numbered.rows, seed=0, batch_size=20, world=1, window=1)
+    start = Position(0, 3)
+    windows = len(list(plan.windows(0, start, 2)))
+    assert windows > 2 * 9
+    found = ray_batches(numbered, plan, SMALL, 0, start, 2, decode_tasks=2)
+    assert ids(found) == ids(local_batches(numbered, plan, SMALL, 0, start, 2))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_next_execution_begins_before_the_last_one_ends(numbered: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "SPAN", 12)
+    begun: list[int] = []
+    real = stream_module._decoded
+
+    def counted(*args: object) -> object:
+        begun.append(taken)
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stream_module, "_decoded", counted)
+    plan = Plan(numbered.rows, seed=0, batch_size=20, world=1, window=1)
+    taken = 0
+    for _ in ray_batches(numbered, plan, SMALL, 0, START, 1, decode_tasks=2):
+        taken += 1
+    per_span = 12 * plan.window_steps()
+    assert taken == plan.steps(0)
+    assert begun[0] == 0
+    assert all(at < number * per_span for number, at in enumerate(begun[1:], 1))
+    assert len(begun) == -(-plan.steps(0) // per_span)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_settings_of_the_process_stay_as_they_are(numbered: Index) -> None:
+    import ray.data
+
+    before = ray.data.DataContext.get_current().copy()
+    plan = Plan(numbered.rows, seed=0, batch_size=100, world=1)
+    list(ray_batches(numbered, plan, SMALL, 0, START, 1, decode_tasks=1))
+    dataset(numbered, 8, 10**6)
+    after = ray.data.DataContext.get_current()
+    assert after.execution_options.preserve_order == before.execution_options.preserve_order
+    assert after.enable_progress_bars == before.enable_progress_bars
+    assert after.target_max_block_size == before.target_max_block_size
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_closing_ends_the_reading(numbered: Index) -> None:
+    plan = Plan(numbered.rows, seed=0, batch_size=20, world=1)
+    batches = ray_batches(numbered, plan, SMALL, 0, START, 100, decode_tasks=2)
+    next(batches)
+    assert "jem-stream" in {thread.name for thread in threading.enumerate()}
+    batches.close()
+    assert "jem-stream" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_image_that_cannot_be_decoded_is_named_in_one_line(tmp_path: Path) -> None:
+    images = [{"bytes": picture(number) if number != 37 else b"text", "path": ""} for number in range(60)]
+    pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet", row_group_size=20)
+    index = open_index(str(tmp_path))
+    plan = Plan(index.rows, seed=0, batch_size=10, world=1)
+    with pytest.raises(RunError) as caught:
+        list(ray_batches(index, plan, SMALL, 0, START, 1, decode_tasks=1))
+    words = str(caught.value)
+    assert f"row 17 of row group 1 of {tmp_path / 'a.parquet'}" in words
+    assert "jem ingest" in words
+    assert "\n" not in words
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_without_a_free_cpu_it_ends_with_a_reason_instead_of_hanging(numbered: Index) -> None:
+    plan = Plan(numbered.rows, seed=0, batch_size=20, world=1)
+    greedy = StreamConfig(canvas=8, decode_cpus=400)
+    with pytest.raises(RunError, match=r"no batch came for 3 s: one decode task asks for 400 CPUs, the cluster has 4"):
+        next(ray_batches(numbered, plan, greedy, 0, START, 1, decode_tasks=1, deadline=3))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_train_worker_streams_though_its_placement_group_is_full(numbered: Index) -> None:
+    """Ray Train puts its workers into a placement group; decode tasks that stayed in it would wait for ever."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    @ray.remote(num_cpus=1)
+    class Worker:
+        def ids(self, index: Index, plan: Plan, rank: int) -> list[list[int]]:
+            batches = ray_batches(index, plan, SMALL, rank, START, 1, decode_tasks=1, deadline=120)
+            return [batch.id.tolist() for batch in batches]
+
+    plan = Plan(numbered.rows, seed=0, batch_size=20, world=2)
+    group = placement_group([{"CPU": 1}] * 2)
+    assert group.wait(60)
+    where = [
+        PlacementGroupSchedulingStrategy(group, number, placement_group_capture_child_tasks=True) for number in (0, 1)
+    ]
+    workers = [Worker.options(scheduling_strategy=strategy).remote() for strategy in where]  # type: ignore[attr-defined]
+    found = ray.get([worker.ids.remote(numbered, plan, rank) for rank, worker in enumerate(workers)], timeout=240)
+    remove_placement_group(group)
+    for rank in range(2):
+        assert found[rank] == ids(local_batches(numbered, plan, SMALL, rank, START, 1))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_killed_decode_process_costs_nothing(
+    numbered: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+    import signal
+
+    mark = tmp_path / "killed"
+    real = stream_module.read_window
+
+    def dying(*args: object) -> object:
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stream_module, "read_window", dying)
+    plan = Plan(numbered.rows, seed=0, batch_size=20, world=1)
+    found = ids(ray_batches(numbered, plan, SMALL, 0, START, 1, decode_tasks=2))
+    assert mark.exists()
+    assert found == ids(local_batches(numbered, plan, SMALL, 0, START, 1))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_data_set_is_read_once_in_storage_order(numbered: Index) -> None:
+    rows = dataset(numbered, 8, 10**6).take_all()
+    assert [row["id"] for row in rows] == list(range(500))
+    assert [row["label"] for row in rows] == [number % 10 for number in range(500)]
+    assert rows[300]["image"].shape == (8, 8, 3)
+    assert rows[300]["image"].dtype == np.uint8
+    assert tuple(rows[300]["image"][0, 0]) == (300 % 256, 1, 77)
+    assert rows[300]["size"].tolist() == [8, 8]
+
+
+class Painted:
+    """Stands for the augmentation: a global view and a local one that tell the batch and its position."""
+
+    def __call__(self, batch: Batch, position: Position) -> Views:
+        whole = batch.image.float() + 1000 * position.epoch
+        part = torch.full((len(batch), 3, 4, 4), float(position.step))
+        return Views([whole, part], batch.id, batch.label)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_views_from_a_pool_are_those_of_the_batch_at_its_position(numbered: Index) -> None:
+    plan = Plan(numbered.rows, seed=0, batch_size=100, world=2)
+    start = Position(0, 2)
+    augment = AugmentConfig(placement="pool", pool_actors=2)
+    made = views_batches(numbered, plan, SMALL, 1, start, 2, decode_tasks=1, augment=augment, make=Painted)
+    expected = local_batches(numbered, plan, SMALL, 1, start, 2)
+    for position, views, batch in zip(plan.positions(start, 2), made, expected, strict=True):
+        assert torch.equal(views.id, batch.id)
+        assert torch.equal(views.label, batch.label)
+        assert torch.equal(views.views[0], batch.image.float() + 1000 * position.epoch)
+        assert views.views[0].is_contiguous(memory_format=torch.channels_last)
+        assert views.views[1].shape == (50, 3, 4, 4)
+        assert (views.views[1] == position.step).all()
