@@ -1,7 +1,7 @@
 """The schema of everything that can be configured: types, defaults, descriptions, limits.
 
-One model per job (`PretrainConfig`, `EvaluateConfig`, ...). Unknown keys and impossible values are refused. The order is
-defaults < recipe < file < command line; reading those is the command's work (`pipelines/command.py`), not this file's.
+One model per job (`PretrainConfig`, `EvaluateConfig`, ...). Unknown keys and impossible values are refused. The order
+is defaults < recipe < file < command line; reading those is the work of `pipelines/settings.py`, not this file's.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class BlurConfig(Section):
     """Gaussian blur."""
 
     p: Fraction = Field(0.5, description="probability")
-    sigma: tuple[PositiveFloat, PositiveFloat] = Field((0.1, 2.0), description="range of the standard deviation, pixels")
+    sigma: tuple[PositiveFloat, PositiveFloat] = Field(
+        (0.1, 2.0), description="range of the standard deviation, pixels"
+    )
     kernel: PositiveInt = Field(23, description="kernel size in pixels, odd")
 
     @model_validator(mode="after")
@@ -121,7 +123,7 @@ class BackboneConfig(Section):
     name: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
     stem: Literal["imagenet", "cifar", "stride2"] = Field(
         "imagenet",
-        description="imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1; stride2: 3x3 stride 2 (both without max-pool)",
+        description="imagenet: 7x7 stride 2, max-pool; cifar: 3x3 stride 1, stride2: 3x3 stride 2, both without max-pool",
     )
     zero_init: bool = Field(True, description="zero the last batch norm's weight of each residual block")
 
@@ -135,7 +137,7 @@ class VICRegConfig(Section):
     nu: NonNegative = Field(1.0, description="nu, weight of the covariance term")
     expander: tuple[PositiveInt, ...] = Field((2048, 2048, 2048), min_length=1, description="widths of its layers")
     branches: Literal["shared", "separate"] | tuple[BackboneConfig, BackboneConfig] = Field(
-        "shared", description="the two views' networks: one, two alike, or two of the given backbones (the first is kept)"
+        "shared", description="the views' networks: one, two alike, or two of the given backbones (the first is kept)"
     )
 
 
@@ -207,8 +209,12 @@ class TrainConfig(Section):
     sync_bn: bool = Field(True, description="batch norm statistics over the global batch")
     clip_norm: PositiveFloat | None = Field(None, description="limit of the gradient's norm")
     log_every: PositiveInt = Field(10, description="steps between logged metrics")
-    health_every: PositiveInt = Field(50, description="steps between collapse diagnostics; each epoch ends with one too")
-    checkpoint_every: PositiveInt | None = Field(None, description="steps between checkpoints; default: each epoch's end")
+    health_every: PositiveInt = Field(
+        50, description="steps between collapse diagnostics; each epoch ends with one too"
+    )
+    checkpoint_every: PositiveInt | None = Field(
+        None, description="steps between checkpoints; default: each epoch's end"
+    )
     keep_checkpoints: PositiveInt = Field(2, description="how many of the latest are kept")
 
 
@@ -332,10 +338,13 @@ class PretrainConfig(Section):
             raise ValueError("data is missing: give a data set with --data, or go on with a run with --resume NAME")
         batch, workers, accumulate = self.train.batch_size, self.cluster.workers, self.train.accumulate
         if batch < workers:
-            raise ValueError(f"train.batch_size {batch} is smaller than cluster.workers {workers}: raise it or use fewer workers")
+            raise ValueError(
+                f"train.batch_size {batch} is smaller than cluster.workers {workers}: raise it or use fewer workers"
+            )
         if batch % (workers * accumulate):
             raise ValueError(
-                f"train.batch_size {batch} does not divide among cluster.workers {workers} x train.accumulate {accumulate}"
+                f"train.batch_size {batch} does not divide among cluster.workers {workers} "
+                f"x train.accumulate {accumulate}: make it a multiple of {workers * accumulate}"
             )
         if self.method.name == "vicreg":
             if batch < 2:
