@@ -177,7 +177,7 @@ def test_animations_and_pages_give_the_first_frame():
 @given(
     height=st.integers(1, 70),
     width=st.integers(1, 70),
-    canvas=st.integers(1, 40),
+    canvas=st.integers(8, 40),
     kind=st.sampled_from(["PNG", "JPEG"]),
 )
 @settings(max_examples=60)
