@@ -11,7 +11,6 @@ from pipelines.command import main_for
 if TYPE_CHECKING:
     from jem.config import EvaluateConfig
     from jem.data.index import Index
-    from jem.encoder import Encoder
 
 _ROWS = (
     ("kNN", "knn", "{:.2%}"),
@@ -52,8 +51,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     from jem.data.index import open_index
     from jem.encoder import Encoder
     from jem.evaluate.collapse import embedding_health, verdict
-    from jem.evaluate.extract import extract_features, stream_of
-    from jem.evaluate.judge import Features, judge
+    from jem.evaluate.extract import extract_all, stream_of
+    from jem.evaluate.judge import judge
     from jem.models.backbones import build_backbone
     from jem.tracking.pictures import projection
     from jem.tracking.registry import load_encoder, show
@@ -77,29 +76,23 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             f"{name}: {len(train):,} training and {len(test):,} test images, decoded to {stream.canvas} px", flush=True
         )
 
-        def judged(network: Encoder) -> tuple[dict[str, float], Features]:
-            bank, queries = (
-                extract_features(network, index, stream, settings.batch_size, actors, gpu=gpu)
-                for index in (train, test)
-            )
-            return judge(bank, queries, settings, config.seed, device), queries
-
         tags = {"jem.job": "evaluate", "jem.encoder": name, "jem.data": config.data, "jem.test": config.test}
         run_id = tracker.start_run(f"evaluate {name.removeprefix('models:/')}", config, tags)
         status = "FAILED"
         try:
-            figures, features = judged(encoder)
-            found = verdict(embedding_health(features.features), absolute=False)
-            random: dict[str, float] = {}
+            encoders = [encoder]
             if settings.random_baseline:
                 torch.manual_seed(config.seed)
                 untrained = build_backbone(encoder.architecture)
-                random, _ = judged(
-                    Encoder(untrained, encoder.architecture, encoder.input_size, encoder.mean, encoder.std)
-                )
+                encoders.append(Encoder(untrained, encoder.architecture, encoder.input_size, encoder.mean, encoder.std))
+            found = extract_all(encoders, [train, test], stream, settings.batch_size, actors, gpu=gpu)
+            figures, *rest = [judge(bank, queries, settings, config.seed, device) for bank, queries in found]
+            random = rest[0] if rest else {}
+            features = found[0][1]
+            health = verdict(embedding_health(features.features), absolute=False)
             tracker.log_metrics(run_id, {f"final/{key}": value for key, value in figures.items()})
             tracker.log_metrics(run_id, {f"random/{key}": value for key, value in random.items()})
-            tracker.set_tags(run_id, {"jem.collapse": found.kind, "jem.verdict": found.words})
+            tracker.set_tags(run_id, {"jem.collapse": health.kind, "jem.verdict": health.words})
             picture = projection(features.features.numpy(), features.labels.numpy(), test.classes, config.seed)
             tracker.log_figure(run_id, picture, "features.png")
             status = "FINISHED"
@@ -108,7 +101,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             raise
         finally:
             tracker.finish(run_id, status)  # type: ignore[arg-type]  # one of the three
-    result = EvaluateResult(name, run_id, figures, random, found.kind, found.words)
+    result = EvaluateResult(name, run_id, figures, random, health.kind, health.words)
     print(table(result))
     print(f"look: {tracker.where(run_id)}")
     return result

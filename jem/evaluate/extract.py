@@ -23,7 +23,7 @@ from jem.evaluate.judge import Features
 from jem.progress import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -35,6 +35,8 @@ Arrays = dict[str, "NDArray[Any]"]
 
 DEADLINE = 300.0
 """Seconds in which the next features must come, the start of the actors included."""
+SET = "set"
+"""Column that says which data set a row is from."""
 GPU_ACTOR_CPUS = 0.25
 """CPUs that an actor with a GPU reserves: it only feeds it."""
 
@@ -67,21 +69,55 @@ def extract_features(
         InputError: the cluster cannot hold the actors and a decode task.
         RunError: an image cannot be decoded, rows are missing, or nothing came before the deadline.
     """
-    encoded = encode(encoder, index, stream, batch_size, actors, gpu=gpu)
-    parts: list[Arrays] = []
-    with Progress("features", len(index)) as progress:
-        for part in within(encoded, deadline):
-            parts.append(part)
-            progress.update(len(part["id"]))
-    ids = np.concatenate([part["id"] for part in parts]) if parts else np.empty(0, np.int64)
-    if len(ids) != len(index):
-        raise RunError(f"{len(ids)} of {len(index)} images of {index.uri} came back encoded: run it again")
-    order = np.argsort(ids, kind="stable")
+    return extract_all([encoder], [index], stream, batch_size, actors, gpu=gpu, deadline=deadline)[0][0]
 
-    def column(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([part[name] for part in parts])[order])
 
-    return Features(column("embedding"), column("label"), column("id"))
+def extract_all(
+    encoders: Sequence[Encoder],
+    indexes: Sequence[Index],
+    stream: StreamConfig,
+    batch_size: int,
+    actors: int = 1,
+    *,
+    gpu: bool = False,
+    deadline: float = DEADLINE,
+) -> list[list[Features]]:
+    """Encode several data sets with several encoders in one pass: each image is decoded once, the actors start once.
+
+    Arguments and errors as in `extract_features`.
+
+    Returns:
+        One list for each encoder, with the features of each data set.
+    """
+    images = [
+        dataset(index, stream.canvas, stream.pixel_limit, decode_cpus=stream.decode_cpus).map_batches(
+            _Mark(number), batch_size=None, num_cpus=stream.decode_cpus
+        )
+        for number, index in enumerate(indexes)
+    ]
+    together = images[0].union(*images[1:]) if len(images) > 1 else images[0]
+    encoded = _encoded(together, encoders, stream, batch_size, actors, gpu=gpu)
+    parts: list[list[Arrays]] = [[] for _ in indexes]
+    with Progress("features", sum(len(index) for index in indexes)) as progress:
+        for block in within(encoded, deadline):
+            for number in np.unique(block[SET]):
+                here = block[SET] == number
+                parts[number].append({name: column[here] for name, column in block.items()})
+            progress.update(len(block["id"]))
+    sets = [_sorted(part, index) for part, index in zip(parts, indexes, strict=True)]
+    return [
+        [Features(each[_column(number)], each["label"], each["id"]) for each in sets] for number in range(len(encoders))
+    ]
+
+
+def _sorted(parts: list[Arrays], index: Index) -> dict[str, torch.Tensor]:
+    """The columns of one data set by ascending id, complete."""
+    count = sum(len(part["id"]) for part in parts)
+    if count != len(index):
+        raise RunError(f"{count} of {len(index)} images of {index.uri} came back encoded: run it again")
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.argsort(columns["id"], kind="stable")
+    return {name: torch.from_numpy(column[order]) for name, column in columns.items()}
 
 
 def encode(
@@ -94,12 +130,24 @@ def encode(
     Raises:
         InputError: the cluster cannot hold the actors and a decode task.
     """
-    cpus, threads = plan_cpus(actors, stream.decode_cpus, gpu=gpu)
-    copied = copy.deepcopy(encoder).cpu().eval().requires_grad_(False)
     images = dataset(index, stream.canvas, stream.pixel_limit, decode_cpus=stream.decode_cpus)
+    return _encoded(images, [encoder], stream, batch_size, actors, gpu=gpu)
+
+
+def _encoded(
+    images: ray.data.Dataset,
+    encoders: Sequence[Encoder],
+    stream: StreamConfig,
+    batch_size: int,
+    actors: int,
+    *,
+    gpu: bool,
+) -> ray.data.Dataset:
+    cpus, threads = plan_cpus(actors, stream.decode_cpus, gpu=gpu)
+    copies = [copy.deepcopy(encoder).cpu().eval().requires_grad_(False) for encoder in encoders]
     return images.map_batches(
         _Encode,
-        fn_constructor_args=(ray.put(copied), threads, gpu),
+        fn_constructor_args=(ray.put(copies), threads, gpu),
         batch_size=batch_size,
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=cpus,
@@ -145,20 +193,39 @@ def stream_of(trained: Mapping[str, Any], stream: StreamConfig) -> StreamConfig:
     return stream.model_copy(update={"canvas": int(own)})
 
 
-class _Encode:
-    """The actor: decoded images in, features out."""
+class _Mark:
+    """Notes in each row which data set it is from."""
 
-    def __init__(self, encoder: ray.ObjectRef[Encoder], threads: int, gpu: bool) -> None:
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __call__(self, rows: Arrays) -> Arrays:
+        return {**rows, SET: np.full(len(rows["id"]), self._number)}
+
+
+class _Encode:
+    """The actor: decoded images in, features of each encoder out."""
+
+    def __init__(self, encoders: ray.ObjectRef[list[Encoder]], threads: int, gpu: bool) -> None:
         torch.set_num_threads(min(threads, os.cpu_count() or 1))
         self._device = torch.device("cuda" if gpu else "cpu")
         # What comes from the object store is read-only, and shared.
-        self._encoder = copy.deepcopy(ray.get(encoder)).to(self._device).to(memory_format=torch.channels_last)
+        self._encoders = [
+            copy.deepcopy(encoder).to(self._device).to(memory_format=torch.channels_last)
+            for encoder in ray.get(encoders)
+        ]
 
     @torch.inference_mode()
     def __call__(self, rows: Arrays) -> Arrays:
         batch = as_batch(rows)
-        features = self._encoder(batch.image.to(self._device), batch.size).float().cpu()
-        return {"id": rows["id"], "label": rows["label"], "embedding": features.numpy()}
+        images = batch.image.to(self._device)
+        kept = {name: rows[name] for name in ("id", "label", SET) if name in rows}
+        features = [encoder(images, batch.size).float().cpu().numpy() for encoder in self._encoders]
+        return kept | {_column(number): array for number, array in enumerate(features)}
+
+
+def _column(encoder: int) -> str:
+    return f"embedding_{encoder}" if encoder else "embedding"
 
 
 # --- waiting --------------------------------------------------------------------------------------------------------

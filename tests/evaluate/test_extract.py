@@ -20,7 +20,7 @@ from jem.config import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, StreamConfig
 from jem.data.index import open_index
 from jem.encoder import Encoder
 from jem.errors import InputError, RunError
-from jem.evaluate.extract import extract_features, plan_cpus, within
+from jem.evaluate.extract import extract_all, extract_features, plan_cpus, stream_of, within
 from jem.models.backbones import build_backbone
 
 STREAM = StreamConfig(canvas=32)
@@ -49,7 +49,10 @@ def test_features_are_the_encoders_own_sorted_by_id(ray_cluster: None, encoder: 
     encoder.train()  # and its running statistics stay as they are
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
 
-    found = extract_features(encoder, open_index(str(tmp_path)), STREAM, batch_size=16, actors=2)
+    torch.manual_seed(1)
+    other = Encoder(build_backbone(encoder.architecture), encoder.architecture, 32, IMAGENET_MEAN, IMAGENET_STD)
+    both = [open_index(str(tmp_path)), open_index(str(tmp_path), limit=30)]
+    (found, first), (others, _) = extract_all([encoder, other], both, STREAM, batch_size=16, actors=2)
 
     order = np.argsort(ids)
     assert encoder.training
@@ -61,6 +64,14 @@ def test_features_are_the_encoders_own_sorted_by_id(ray_cluster: None, encoder: 
     assert found.ids.tolist() == ids[order].tolist()
     assert found.labels.tolist() == table["label"].to_numpy()[order].tolist()
     assert found.labelled
+    in_file_order = torch.tensor(ids[:30]).sort().values
+    assert torch.equal(first.ids, in_file_order)
+    torch.testing.assert_close(
+        first.features, found.features[torch.isin(found.ids, in_file_order)], rtol=1e-4, atol=1e-5
+    )
+    with torch.no_grad():
+        expected = other.eval()(torch.from_numpy(images[order]).permute(0, 3, 1, 2))
+    torch.testing.assert_close(others.features, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.ray
@@ -98,3 +109,10 @@ def test_decoding_keeps_a_place_beside_the_actors(ray_cluster: None) -> None:
         plan_cpus(1000, 0.25, gpu=False)
     with pytest.raises(InputError, match="0 GPUs"):
         plan_cpus(1, 0.25, gpu=True)
+
+
+def test_canvas_is_the_encoders_own_unless_another_is_set() -> None:
+    trained = {"stream": {"canvas": 48}}
+    assert stream_of(trained, StreamConfig()).canvas == 48
+    assert stream_of(trained, StreamConfig(canvas=64)).canvas == 64
+    assert stream_of({}, StreamConfig()).canvas == StreamConfig().canvas
