@@ -123,7 +123,7 @@ class BackboneConfig(Section):
     name: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
     stem: Literal["imagenet", "cifar", "stride2"] = Field(
         "imagenet",
-        description="imagenet: 7x7 stride 2, max-pool; cifar: 3x3 stride 1, stride2: 3x3 stride 2, both without max-pool",
+        description="imagenet: 7x7 stride 2, max-pool; cifar: 3x3 stride 1, stride2: 3x3 stride 2, no max-pool",
     )
     zero_init: bool = Field(True, description="zero the last batch norm's weight of each residual block")
 
@@ -417,7 +417,7 @@ class DemoConfig(Section):
     """The main job, offline, on scikit-learn's handwritten digits."""
 
     out: str = Field("demo", description="folder for the data set, the runs and the embeddings")
-    epochs: PositiveInt = 40
+    epochs: PositiveInt = 12
     workers: PositiveInt = 2
     seed: int = Field(0, ge=0)
     track: TrackConfig = TrackConfig(experiment="jem-demo", register_as="demo-digits", alias="champion")
