@@ -35,6 +35,8 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 _log = logging.getLogger(__name__)
 _METRICS_PER_BATCH, _PARAMS_PER_BATCH = 1000, 100  # the server's limits
 _PENDING = 200_000  # points held while the server is away: hours of training, tens of MB
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+"""Seconds between attempts to reach a store that is away."""
 _PERMANENT = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "BAD_REQUEST"}
 
 
@@ -238,19 +240,19 @@ class MetricLog:
     def _send_all(self) -> None:
         client: MlflowClient | None = None
         last_steps: dict[str, int] = {}
-        pause = 1.0
+        pause = FIRST_PAUSE
         while batch := self._next_batch():
             try:
                 if client is None:
                     client, last_steps = self._begin()
                 self._send(client, [point for point in batch if point.step > last_steps.get(point.key, -1)])
-            except Exception as error:  # noqa: BLE001, PERF203  (whatever it is, the points wait or are counted)
+            except Exception as error:  # noqa: BLE001  (whatever it is, the points wait or are counted)
                 self._return(batch, error)
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed, timeout=pause)
-                pause = min(60.0, 2 * pause)
+                pause = min(LONGEST_PAUSE, 2 * pause)
             else:
-                pause = 1.0
+                pause = FIRST_PAUSE
                 self._done()
 
     def _begin(self) -> tuple[MlflowClient, dict[str, int]]:
@@ -307,12 +309,13 @@ def flat_params(config: BaseModel | Mapping[str, Any]) -> dict[str, str]:
     def add(prefix: str, value: Any) -> None:
         if isinstance(value, dict) and value:
             for key, item in value.items():
-                add(f"{prefix}.{key}" if prefix else str(key), item)
+                add(f"{prefix}.{key}", item)
         else:
             clean = stripped(value)
             flat[metric_key(prefix)] = clean if isinstance(clean, str) else json.dumps(clean)
 
-    add("", dict(content))
+    for key, item in content.items():
+        add(str(key), item)
     return flat
 
 

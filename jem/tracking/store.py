@@ -22,6 +22,8 @@ T = TypeVar("T")
 DEFAULT = "sqlite:///mlflow.db"
 ANSWER_SECONDS = 15.0
 """How long a server may take for its first answer. MLflow itself would go on trying for 4 minutes and more."""
+OPEN_SECONDS = 120.0
+"""How long a database may take: MLflow makes 50 tables in a new one, which takes a busy machine a while."""
 _SECRET = re.compile(r"token|secret|password|passwd|signature|credential|(^|[-_])(sig|key|pwd)$", re.IGNORECASE)
 _FORBIDDEN = (401, 403)
 _KINDS = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc")
@@ -40,7 +42,7 @@ def store_uri(uri: str | None = None) -> str:
 
         uri = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else DEFAULT  # type: ignore[no-untyped-call]
     if uri.startswith("sqlite:"):
-        path = _sqlite_path(uri)
+        path = sqlite_file(uri)
         return uri if path is None else f"sqlite:///{path}"
     folder = uri.removeprefix("file://") if uri.startswith("file:") or "://" not in uri else None
     if folder is not None and not uri.startswith(("databricks", "uc")):
@@ -54,7 +56,7 @@ def store_uri(uri: str | None = None) -> str:
     return uri
 
 
-def connect(uri: str, seconds: float = ANSWER_SECONDS) -> MlflowClient:
+def connect(uri: str, seconds: float | None = None) -> MlflowClient:
     """A client for the store, which has answered; a new SQLite store is created.
 
     Call it in the driver first: processes that open a new SQLite store at the same time get in each other's way.
@@ -62,10 +64,17 @@ def connect(uri: str, seconds: float = ANSWER_SECONDS) -> MlflowClient:
     Raises:
         InputError: the server cannot be reached, refuses, or is none of MLflow's; the SQLite file cannot be written.
     """
+    from mlflow import MlflowClient
+
     shown = without_credentials(uri)
+    server = uri.startswith(("http://", "https://"))
+    seconds = seconds or (ANSWER_SECONDS if server else OPEN_SECONDS)
     remedy = "start it, or give another with --track.uri (sqlite:///mlflow.db needs no server)"
     try:
-        return within(seconds, lambda: _open(uri, shown, seconds))
+        if server:
+            within(seconds, lambda: _ask(uri, shown, seconds))
+            return MlflowClient(uri, uri)
+        return within(seconds, lambda: _open(uri))
     except InputError:
         raise
     except TimeoutError:
@@ -74,13 +83,11 @@ def connect(uri: str, seconds: float = ANSWER_SECONDS) -> MlflowClient:
         raise InputError(f"MLflow at {shown} cannot be used ({_short(error)}): {remedy}") from error
 
 
-def _open(uri: str, shown: str, seconds: float) -> MlflowClient:
+def _open(uri: str) -> MlflowClient:
+    """A client for a database; SQLite's file and its tables are made."""
     from mlflow import MlflowClient
 
-    if uri.startswith(("http://", "https://")):
-        _ask(uri, shown, seconds)
-        return MlflowClient(uri, uri)
-    path = _sqlite_path(uri)
+    path = sqlite_file(uri)
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +131,9 @@ def _ask(uri: str, shown: str, seconds: float) -> None:
 
 def sqlite_file(uri: str) -> Path | None:
     """The file behind a SQLite URI; None for other stores."""
-    return _sqlite_path(uri)
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path.cwd() / unquote(uri.removeprefix("sqlite:///").partition("?")[0])
 
 
 def without_credentials(text: str) -> str:
@@ -163,12 +172,6 @@ def within(seconds: float, function: Callable[[], T]) -> T:
     if not results:
         raise TimeoutError(f"no end within {seconds:.0f} s")
     return results[0]
-
-
-def _sqlite_path(uri: str) -> Path | None:
-    if not uri.startswith("sqlite:///"):
-        return None
-    return Path.cwd() / unquote(uri.removeprefix("sqlite:///").partition("?")[0])
 
 
 @contextlib.contextmanager
