@@ -189,3 +189,18 @@ def test_autocast_does_not_coarsen_geometry() -> None:
     assert cropped.dtype == blurred.dtype == torch.float32
     close(cropped, ops.resized_crop(images, boxes, 16), 0)
     close(blurred, ops.gaussian_blur(images, torch.ones(2), 5), 0)
+
+
+@pytest.mark.parametrize(
+    ("box", "out_size"),
+    [((3.25, 5.5, 20.375, 18.75), 5), ((0.75, 1.125, 30.5, 29.875), 4), ((7.5, 7.5, 12.0, 12.0), 2)],
+)
+def test_a_pixel_that_the_box_cuts_counts_by_its_part_inside(box: tuple[float, ...], out_size: int) -> None:
+    """The oracle: torchvision's crop of the image with each pixel repeated 8 x 8 times, in which the box is whole."""
+    image = images_of(1, 32, 32)
+    image[:, :, int(box[0])] += 4  # a bright row and column where the box begins
+    image[:, :, :, int(box[1])] += 4
+    fine = image.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    whole = [int(8 * side) for side in box]
+    expected = tv.resized_crop(fine, *whole, [out_size, out_size], antialias=True)
+    close(ops.resized_crop(image, torch.tensor([box]), out_size), expected, 0.1)  # counted in full: 0.22 or more off
