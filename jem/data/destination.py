@@ -203,7 +203,7 @@ class Destination:
 
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(move, kept.items()))
-        with written(filesystem, f"{self.path}/{REJECTED}") as sink:
+        with written(filesystem, f"{self.path}/{REJECTED}", self._here) as sink:
             pq.write_table(self.rejected(results), sink)
         head = {
             "format": FORMAT,
@@ -214,7 +214,7 @@ class Destination:
             "settings": asdict(plan.settings),
             "digest": plan.digest,
         }
-        with written(filesystem, f"{self.path}/{FINISHED}") as sink:
+        with written(filesystem, f"{self.path}/{FINISHED}", self._here) as sink:
             sink.write(json.dumps(head, indent=1).encode())
         filesystem.delete_dir(self._here)
         return len(kept)

@@ -259,16 +259,23 @@ def _each(
     _await_cpu(prepared.config.cluster.start_timeout)
 
     def task(batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        names = list(batch)
-        numbers = zip(*(batch[name].tolist() for name in names), strict=True)
-        return {"result": [json.dumps(function(dict(zip(names, row, strict=True)))) for row in numbers]}
+        row = {name: int(column[0]) for name, column in batch.items()}
+        try:
+            result = {"result": function(row)}
+        except (RunError, OSError) as error:  # Ray would wrap it in pages of its own
+            known = isinstance(error, RunError)
+            result = {"error": str(error) if known else f"{one_line(error)}; mend that and repeat the command to go on"}
+        return {"json": [json.dumps(result)]}
 
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
     manifest = ray.data.from_items(rows, override_num_blocks=min(len(rows), TASKS))
     manifest.context.enable_progress_bars = False
     manifest.context.print_on_execution_start = False
-    yield from _awaited(manifest.map_batches(task, batch_size=1, num_cpus=1))
+    for result in _awaited(manifest.map_batches(task, batch_size=1, num_cpus=1)):
+        if "error" in result:
+            raise RunError(f"ingest stopped: {result['error']}")
+        yield result["result"]
 
 
 def _awaited(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
@@ -280,7 +287,7 @@ def _awaited(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
         try:
             rows = dataset.iter_rows()
             for row in rows:
-                results.put(json.loads(row["result"]))
+                results.put(json.loads(row["json"]))
                 if closed.is_set():
                     break
             del rows  # which ends the execution
@@ -302,7 +309,7 @@ def _awaited(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
             if result is None:
                 return
             if isinstance(result, BaseException):
-                raise _cause(result) from result
+                raise RunError(f"ingest stopped: {one_line(result)}; repeat the command to go on") from result
             yield result
     finally:
         closed.set()
@@ -328,15 +335,3 @@ def _await_cpu(seconds: float) -> None:
                 "add a node, or wait for other jobs"
             )
         time.sleep(1.0)
-
-
-def _cause(error: BaseException) -> RunError:
-    """Our own error within Ray's, or else the innermost as one line."""
-    inner: BaseException = error
-    while (deeper := getattr(inner, "cause", None) or inner.__cause__) is not None:
-        if type(inner) is RunError:
-            return inner
-        inner = deeper
-    if type(inner) is RunError:  # Ray's copies of it are subclasses, whose text is a traceback
-        return inner
-    return RunError(f"ingest stopped: {one_line(inner)}; mend that and repeat the command to go on")

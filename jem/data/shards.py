@@ -17,6 +17,7 @@ repeated, and even run twice at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from dataclasses import asdict, dataclass
@@ -32,6 +33,8 @@ from jem.data.sources import Source
 from jem.data.storage import resolve, written
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from jem.data.fetch import Encoded
 
 COMPRESSION = "zstd"
@@ -128,8 +131,10 @@ def write_shard(work: str, number: int) -> dict[str, Any]:
     name = f"{path}/shard-{number:05d}"
     rejected: list[tuple[str, str, int]] = []
     generator = np.random.default_rng([plan.settings.seed % 2**64, number])
-    with written(filesystem, f"{name}.parquet") as sink:
-        shard = _ShardWriter(sink, plan.source, plan.settings, plan.first[number])
+    with (
+        written(filesystem, f"{name}.parquet") as sink,
+        _ShardWriter(sink, plan.source, plan.settings, plan.first[number]) as shard,
+    ):
         for image in fetch(plan.source, entries, generator):
             if image.problem is not None:
                 rejected.append((image.path, image.problem, image.size))
@@ -138,7 +143,6 @@ def write_shard(work: str, number: int) -> dict[str, Any]:
                 shard.add(image)
             except DecodeError as error:
                 rejected.append((image.path, str(error), image.size))
-        shard.close()
     result = {"number": number, "rows": shard.rows, "bytes": shard.bytes, "rejected": rejected}
     with written(filesystem, f"{name}.json") as sink:
         sink.write(json.dumps(result).encode())
@@ -216,8 +220,14 @@ class _ShardWriter:
             column.clear()
         self._held = 0
 
-    def close(self) -> None:
-        """Write what is left and the footer."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # the file is given up; Arrow's writer would else complain when it is collected
+            with contextlib.suppress(OSError):
+                self._out.close()
+            return
         if self._columns["image"]:
             self._flush()
         self._out.close()

@@ -49,9 +49,13 @@ def exists(filesystem: pafs.FileSystem, path: str) -> bool:
 
 
 @contextlib.contextmanager
-def written(filesystem: pafs.FileSystem, path: str) -> Iterator[IO[bytes]]:
-    """Open a file for writing that gets its name only when the block ends well."""
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+def written(filesystem: pafs.FileSystem, path: str, folder: str | None = None) -> Iterator[IO[bytes]]:
+    """Open a file for writing that gets its name only when the block ends well.
+
+    Until then it lies beside `path`, or in another `folder` of the same file system.
+    """
+    beside, _, name = path.rpartition("/")
+    temporary = f"{folder or beside}/{name}.{uuid.uuid4().hex}.tmp"
     try:
         with filesystem.open_output_stream(temporary) as sink:
             yield sink
