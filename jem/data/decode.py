@@ -23,9 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image
-from torch.nn.functional import interpolate
 
 if TYPE_CHECKING:
     from PIL import ImageFile
@@ -129,6 +127,9 @@ def shrink(data: bytes, short_side: int, pixel_limit: int) -> tuple[bytes, tuple
 def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if pixels.shape[:2] == size:
         return pixels
+    import torch  # a second or two that tasks which never resize do not pay
+    from torch.nn.functional import interpolate
+
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     resized: np.ndarray = interpolate(image, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
     return resized
