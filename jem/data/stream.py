@@ -198,7 +198,8 @@ class _ViewMaker:
         batch = as_batch({name: row[name][0] for name in ("image", "size", "id", "label")})
         made = self._make(batch, Position(int(row["epoch"][0]), int(row["step"][0])))
         views = [view.float().permute(0, 2, 3, 1).cpu().contiguous().numpy() for view in made.views]
-        return {**{f"view_{n}": view[None] for n, view in enumerate(views)}, "id": row["id"], "label": row["label"]}
+        kept = {name: row[name] for name in ("id", "label", "epoch", "step")}
+        return {**{f"view_{number}": view[None] for number, view in enumerate(views)}, **kept}
 
 
 # --- iteration --------------------------------------------------------------------------------------------------------
@@ -315,4 +316,4 @@ def _cause(error: BaseException) -> RunError:
         if type(inner) is RunError:  # Ray's copies of it are subclasses, whose text is a traceback
             return RunError(str(inner).splitlines()[0])  # and it adds lines of advice about its own settings
         inner = getattr(inner, "cause", None) or inner.__cause__
-    return RunError(f"decoding failed: {' '.join(str(error).split())[-300:]}")
+    return RunError(f"decoding failed: {(str(error).strip() or repr(error)).splitlines()[-1][:300]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -274,21 +275,22 @@ def test_a_data_set_is_read_once_in_storage_order(numbered: Index) -> None:
     assert rows[300]["size"].tolist() == [8, 8]
 
 
-class Painted:
-    """Stands for the augmentation: a global view and a local one that tell the batch and its position."""
-
-    def __call__(self, batch: Batch, position: Position) -> Views:
-        whole = batch.image.float() + 1000 * position.epoch
-        part = torch.full((len(batch), 3, 4, 4), float(position.step))
-        return Views([whole, part], batch.id, batch.label)
-
-
 @pytest.mark.usefixtures("ray_cluster")
 def test_views_from_a_pool_are_those_of_the_batch_at_its_position(numbered: Index) -> None:
+    def painted() -> Callable[[Batch, Position], Views]:
+        """A global view and a local one that tell the batch and its position."""
+
+        def views(batch: Batch, position: Position) -> Views:
+            whole = batch.image.float() + 1000 * position.epoch
+            part = torch.full((len(batch), 3, 4, 4), float(position.step))
+            return Views([whole, part], batch.id, batch.label)
+
+        return views
+
     plan = Plan(numbered.rows, seed=0, batch_size=100, world=2)
     start = Position(0, 2)
     augment = AugmentConfig(placement="pool", pool_actors=2)
-    made = views_batches(numbered, plan, SMALL, 1, start, 2, decode_tasks=1, augment=augment, make=Painted)
+    made = views_batches(numbered, plan, SMALL, 1, start, 2, decode_tasks=1, augment=augment, make=painted)
     expected = local_batches(numbered, plan, SMALL, 1, start, 2)
     for position, views, batch in zip(plan.positions(start, 2), made, expected, strict=True):
         assert torch.equal(views.id, batch.id)
