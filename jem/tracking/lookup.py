@@ -112,7 +112,8 @@ def resolve(client: MlflowClient, uri: str) -> ModelVersion:
 
 def versions_of(client: MlflowClient, name: str) -> list[ModelVersion]:
     """All versions of a registered model."""
-    return list(pages(client.search_model_versions, filter_string=f"name='{name}'"))
+    quote = '"' if "'" in name else "'"
+    return list(pages(client.search_model_versions, filter_string=f"name={quote}{name}{quote}"))
 
 
 def pages(search: Callable[..., Any], **arguments: str) -> Iterator[Any]:

@@ -120,13 +120,9 @@ def list_encoders(track: TrackConfig | None = None) -> list[EncoderVersion]:
     """All registered encoders, by name, the newest version first."""
     client = client_for(track)
     with explained(client.tracking_uri, "cannot list the encoders"):
-        models = {model.name: model for model in pages(client.search_registered_models)}
-        found = [
-            _describe(version, models[name].aliases)
-            for name in models
-            for version in versions_of(client, name)
-            if _ours(version)
-        ]
+        aliases = {model.name: model.aliases for model in pages(client.search_registered_models)}
+        versions = [version for version in pages(client.search_model_versions) if _ours(version)]
+    found = [_describe(version, aliases.get(version.name, {})) for version in versions]
     return sorted(found, key=lambda encoder: (encoder.name, -encoder.version))
 
 

@@ -25,6 +25,7 @@ ANSWER_SECONDS = 15.0
 OPEN_SECONDS = 120.0
 """How long a database may take: MLflow makes 50 tables in a new one, which takes a busy machine a while."""
 _SECRET = re.compile(r"token|secret|password|passwd|signature|credential|(^|[-_])(sig|key|pwd)$", re.IGNORECASE)
+_URI = re.compile(r"[a-zA-Z][\w+.-]*://[^\s'\"<>()]+")
 _FORBIDDEN = (401, 403)
 _KINDS = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc")
 
@@ -137,16 +138,21 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def without_credentials(text: str) -> str:
-    """`text` with user, password and signing parameters removed if it is a URI; other text as it is."""
+    """`text`, a URI or a sentence with URIs in it, without their users, passwords and signing parameters."""
+    return _URI.sub(lambda found: _clean(found[0]), _clean(text))
+
+
+def _clean(uri: str) -> str:
     try:
-        parts = urlsplit(text)
+        parts = urlsplit(uri)
     except ValueError:
-        return text
-    secrets = [key for key, _ in parse_qsl(parts.query, keep_blank_values=True) if _SECRET.search(key)]
+        return uri
+    items = parse_qsl(parts.query, keep_blank_values=True)
+    secrets = [key for key, _ in items if _SECRET.search(key)]
     host = parts.netloc.rpartition("@")[2]
     if not parts.scheme or (host == parts.netloc and not secrets):
-        return text
-    query = urlencode([item for item in parse_qsl(parts.query, keep_blank_values=True) if item[0] not in secrets])
+        return uri
+    query = urlencode([item for item in items if item[0] not in secrets])
     return urlunsplit(parts._replace(netloc=host, query=query))
 
 

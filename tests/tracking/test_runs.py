@@ -352,6 +352,11 @@ def test_a_call_that_does_not_end_is_given_up() -> None:
         ("https://host/a?X-Amz-Credential=x&X-Amz-Signature=y", "https://host/a"),
         ("abfss://container@account/a", "abfss://account/a"),
         ("postgresql+psycopg2://u:p@db:5432/mlflow", "postgresql+psycopg2://db:5432/mlflow"),
+        (
+            "no answer from 'http://u:p@host/a?token=x', try http://v:q@b.",
+            "no answer from 'http://host/a', try http://b.",
+        ),
+        ("s3://u:p@bucket/my data?sig=x", "s3://bucket/my data"),
         ("s3://bucket/a", "s3://bucket/a"),
         ("models:/vicreg@champion", "models:/vicreg@champion"),
         ("runs/data@home", "runs/data@home"),
