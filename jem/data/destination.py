@@ -20,14 +20,12 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from jem.data.shards import WorkPlan, read_plan
-from jem.data.storage import absolute, exists, one_line, resolve, written
+from jem.data.storage import FINISHED, UNFINISHED, absolute, exists, one_line, resolve, written
 from jem.errors import InputError
 
 if TYPE_CHECKING:
     from jem.data.shards import ShardSettings
 
-UNFINISHED = "_unfinished"
-FINISHED = "_jem.json"
 REJECTED = "_rejected.parquet"
 PUBLISHING = "publishing.json"
 PART = re.compile(r"part-\d{5,}\.parquet")

@@ -84,7 +84,8 @@ def _read(source: Source, filesystem: pafs.FileSystem, entry: dict[str, Any]) ->
             if number in FILE_ERRORS:
                 return Encoded(path, b"", label, size, f"unreadable: {FILE_ERRORS[number]}")
             if isinstance(filesystem, pafs.LocalFileSystem) or attempt == TRIES:
-                raise RunError(f"cannot read {entry['file']}: {one_line(error)}; repeat the command to go on") from error
+                reason = f"{one_line(error)}; repeat the command to go on"
+                raise RunError(f"cannot read {entry['file']}: {reason}") from error
             time.sleep(2.0**attempt)  # a remote store that is busy
     problem = size_problem(len(data))
     if member is not None and len(data) < size:

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import fsspec.core
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from jem.data.storage import FINISHED, UNFINISHED, absolute, one_line, resolve
 from jem.errors import InputError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Index:
 
     def filesystem(self) -> pafs.FileSystem:
         """The file system that `files` are in."""
-        return _resolve(self.uri)[0]
+        return resolve(self.uri)[0]
 
 
 def open_index(data: str | Sequence[str], limit: int | None = None) -> Index:
@@ -86,47 +86,20 @@ def open_index(data: str | Sequence[str], limit: int | None = None) -> Index:
     if not data:
         raise InputError("the list of shards is empty: give a folder, a file or a glob of Parquet shards")
     uri = data if isinstance(data, str) else data[0]
-    filesystem, _ = _resolve(uri)
+    filesystem, _ = resolve(uri)
     try:
         infos = _shards(filesystem, data)
-        uri = _absolute(uri)
+        uri = absolute(uri)
         cache = _cache_file(uri, infos)
         index = _read_cache(cache, uri)
         if index is None:
             index = _build(filesystem, uri, infos)
             _write_cache(cache, index)
     except OSError as error:
-        raise InputError(f"cannot read {uri}: {_one_line(error)}; check the path and the permissions") from error
+        raise InputError(f"cannot read {uri}: {one_line(error)}; check the path and the permissions") from error
     if len(index) == 0:
         raise InputError(f"{uri} has no rows: give a data set with images")
     return index if limit is None else _first(index, limit)
-
-
-def _absolute(uri: str) -> str:
-    return uri if "://" in uri else os.path.normpath(Path(uri).expanduser().absolute())
-
-
-def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """File system and the path in it; Arrow's own file systems first, then fsspec's."""
-    if "://" not in uri:
-        return pafs.LocalFileSystem(), _absolute(uri)
-    try:
-        filesystem, path = pafs.FileSystem.from_uri(uri)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        try:
-            other, path = fsspec.core.url_to_fs(uri)
-        except (ValueError, ImportError) as error:
-            raise InputError(
-                f"cannot open {uri}: {_one_line(error)}; give a folder or a URI that fsspec opens"
-            ) from error
-        return pafs.PyFileSystem(pafs.FSSpecHandler(other)), path
-    except OSError as error:
-        raise InputError(f"cannot open {uri}: {_one_line(error)}; check the address and the credentials") from error
-    return filesystem, path
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 # --- which files ------------------------------------------------------------------------------------------------------
@@ -135,7 +108,7 @@ def _one_line(error: BaseException) -> str:
 def _shards(filesystem: pafs.FileSystem, data: str | Sequence[str]) -> list[pafs.FileInfo]:
     if not isinstance(data, str):
         return [info for item in data for info in _one_file(filesystem, item)]
-    path = _resolve(data)[1]
+    path = resolve(data)[1]
     info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.File:
         return [info]
@@ -147,7 +120,7 @@ def _shards(filesystem: pafs.FileSystem, data: str | Sequence[str]) -> list[pafs
 
 
 def _one_file(filesystem: pafs.FileSystem, item: str) -> list[pafs.FileInfo]:
-    info = filesystem.get_file_info(_resolve(item)[1])
+    info = filesystem.get_file_info(resolve(item)[1])
     if info.type != pafs.FileType.File:
         raise InputError(f"no file {item}: a list of shards must name Parquet files")
     return [info]
@@ -165,6 +138,9 @@ def _parquet(infos: Iterable[pafs.FileInfo], base: str) -> list[pafs.FileInfo]:
 
 def _in_folder(filesystem: pafs.FileSystem, data: str, path: str) -> list[pafs.FileInfo]:
     entries = filesystem.get_file_info(pafs.FileSelector(path))
+    names = {entry.base_name for entry in entries}
+    if UNFINISHED in names and FINISHED not in names:
+        raise InputError(f'{data} is not finished: repeat the "jem ingest" that was interrupted, it goes on from there')
     found = _parquet(entries, path)
     if not found:
         below = _parquet(filesystem.get_file_info(pafs.FileSelector(path, recursive=True)), path)
@@ -242,7 +218,7 @@ def _footer(filesystem: pafs.FileSystem, path: str) -> _Footer:
             sizes = [sum(group.column(c).total_compressed_size for c in range(group.num_columns)) for group in groups]
             return _Footer(parquet.schema_arrow, [group.num_rows for group in groups], sizes)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} is not a readable Parquet file ({_one_line(error)}): repair or remove it") from error
+        raise InputError(f"{path} is not a readable Parquet file ({one_line(error)}): repair or remove it") from error
 
 
 def _holds_images(kind: pa.DataType) -> bool:

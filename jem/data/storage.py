@@ -16,6 +16,11 @@ from jem.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+UNFINISHED = "_unfinished"
+"""Folder in a data set's folder where an ingest keeps its work; readers leave out names with an underscore."""
+FINISHED = "_jem.json"
+"""File that an ingest writes last."""
+
 
 def absolute(uri: str) -> str:
     """Make a local path absolute (workers have another working directory); a URI stays as it is."""

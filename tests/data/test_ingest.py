@@ -238,7 +238,7 @@ def test_too_many_bad_images_stop_it_with_nothing_finished(tmp_path):
     with pytest.raises(InputError, match=r"\d+ of 40 images are bad \(\d+ not an image\), more than max_rejected 0.1"):
         ingest(configured(source, tmp_path / "out", max_rejected=0.1), Count)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["_unfinished"]
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="is not finished: repeat"):
         open_index(str(tmp_path / "out"))
     ingest(configured(source, tmp_path / "out", max_rejected=0.25), Count)
     check_whole(tmp_path / "out", pictures(40, tuple(range(10))))
