@@ -177,7 +177,8 @@ def _turbo(
         if out is not None and orientation == 1 and height == width == canvas:
             reduce = {"buffer": out}
         else:
-            least = max(8, int(REDUCED_AT_LEAST * canvas))  # below a block of pixels its padding shows
+            # The last pixel at a reduced scale covers padding too, which shows where there are few pixels.
+            least = max(64, int(REDUCED_AT_LEAST * canvas))
             if min(height, width) >= 2 * least:
                 reduce = {"min_height": least, "min_width": least, "min_factor": 2}
     try:
