@@ -26,6 +26,8 @@ OPEN_SECONDS = 120.0
 """How long a database may take: MLflow makes 50 tables in a new one, which takes a busy machine a while."""
 _SECRET = re.compile(r"token|secret|password|passwd|signature|credential|(^|[-_])(sig|key|pwd)$", re.IGNORECASE)
 _URI = re.compile(r"[a-zA-Z][\w+.-]*://[^\s'\"<>()]+")
+_CONTAINERS = ("abfs", "wasb")
+"""Schemes in which what stands before the @ is a container, not a user."""
 _FORBIDDEN = (401, 403)
 _KINDS = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc")
 
@@ -149,7 +151,7 @@ def _clean(uri: str) -> str:
         return uri
     items = parse_qsl(parts.query, keep_blank_values=True)
     secrets = [key for key, _ in items if _SECRET.search(key)]
-    host = parts.netloc.rpartition("@")[2]
+    host = parts.netloc if parts.scheme.startswith(_CONTAINERS) else parts.netloc.rpartition("@")[2]
     if not parts.scheme or (host == parts.netloc and not secrets):
         return uri
     query = urlencode([item for item in items if item[0] not in secrets])

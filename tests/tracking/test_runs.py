@@ -350,7 +350,7 @@ def test_a_call_that_does_not_end_is_given_up() -> None:
         ("s3://key:secret@bucket/a", "s3://bucket/a"),
         ("https://host/a?sig=x&page=2", "https://host/a?page=2"),
         ("https://host/a?X-Amz-Credential=x&X-Amz-Signature=y", "https://host/a"),
-        ("abfss://container@account/a", "abfss://account/a"),
+        ("abfss://container@account/a?sig=x", "abfss://container@account/a"),
         ("postgresql+psycopg2://u:p@db:5432/mlflow", "postgresql+psycopg2://db:5432/mlflow"),
         (
             "no answer from 'http://u:p@host/a?token=x', try http://v:q@b.",
