@@ -32,7 +32,7 @@ FILE_ERRORS = {
     errno.EPERM: "permission denied",
     errno.ENOENT: "no such file",
     errno.ENOTDIR: "no such file",
-    errno.EISDIR: "a folder, not a file",
+    errno.EISDIR: "folder in place of a file",
     errno.ELOOP: "a link in a circle",
     errno.ENAMETOOLONG: "name too long",
     errno.EINVAL: "not a readable file",

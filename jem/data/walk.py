@@ -79,7 +79,7 @@ def _local(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
             continue
         if stat.S_ISDIR(about.st_mode):
             if is_image or problem:
-                yield File(name, 0, about.st_mtime_ns, problem or "a folder, not a file")
+                yield File(name, 0, about.st_mtime_ns, problem or "folder in place of a file")
             elif (about.st_dev, about.st_ino) in above:
                 yield File(name, 0, about.st_mtime_ns, "a link to a folder above it")
             else:
@@ -127,7 +127,7 @@ def info_problem(info: pafs.FileInfo) -> str | None:
     if info.type == pafs.FileType.NotFound:
         return "no such file"
     if info.type == pafs.FileType.Directory:
-        return "a folder, not a file"
+        return "folder in place of a file"
     if info.type != pafs.FileType.File:
         return "not a regular file"
     return size_problem(info.size or 0)

@@ -117,7 +117,7 @@ def test_bad_entries_are_listed_with_their_problem(tmp_path):
         "cat/loop.jpg": "link to nothing",
         "cat/pipe.png": "not a regular file",
         "dog/caf\\xe9.png": "name is not UTF-8",
-        "dog/folder.jpg": "a folder, not a file",
+        "dog/folder.jpg": "folder in place of a file",
         "dog/huge.png": f"too large: {2**30 + 1} bytes",
         "dog/up": "a link to a folder above it",
     }
@@ -147,7 +147,7 @@ def test_files_that_cannot_be_read_become_problems_and_the_rest_goes_on(tmp_path
     assert images["a.png"].data == picture(0)
     assert images["a.png"].problem is None
     assert images["b.png"].problem == "unreadable: no such file"
-    assert images["d.png"].problem == "unreadable: a folder, not a file"
+    assert images["d.png"].problem == "unreadable: folder in place of a file"
     assert images["c.png"].problem.startswith("unreadable: ")
 
 
@@ -217,7 +217,7 @@ def test_lists_do_not_leave_their_folder(tmp_path):
         ("a.png", None),
         ("a.png", None),
         ("missing.png", "no such file"),
-        ("sub", "a folder, not a file"),
+        ("sub", "folder in place of a file"),
     ]
     assert [problem for _, problem in found[4:]] == ["path leaves the list's folder"] * 3
 
@@ -346,5 +346,5 @@ def test_another_protocol_lists_and_reads_the_same(tmp_path):
     make(tmp_path, "cat/a.png", "dog/b.png", ".hidden/c.png", "cat/x.txt", "dog/d.jpg/e.png")
     source, entries = list_source(f"local://{tmp_path}")
     assert (source.kind, source.classes, source.ignored) == ("classes", ("cat", "dog"), {".txt": 1})
-    assert problems(entries) == {"dog/d.jpg": "a folder, not a file"}
+    assert problems(entries) == {"dog/d.jpg": "folder in place of a file"}
     assert read(source, entries.slice(0, 1))["cat/a.png"].data == picture(0)
