@@ -347,8 +347,11 @@ class PretrainConfig(Section):
                 f"x train.accumulate {accumulate}: make it a multiple of {workers * accumulate}"
             )
         if self.method.name == "vicreg":
-            if batch < 2:
-                raise ValueError("train.batch_size 1 has no variance: VICReg needs at least 2, better 256")
+            if batch // accumulate < 2:
+                raise ValueError(
+                    f"train.batch_size {batch} in {accumulate} part(s) leaves 1 image, which has no variance: VICReg "
+                    "needs at least 2, better 256"
+                )
             if sum(view.count for view in self.augment.views) != 2:
                 raise ValueError("augment.views must make exactly 2 views for vicreg")
         return self

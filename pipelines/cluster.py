@@ -76,7 +76,7 @@ def connect(config: ClusterConfig) -> Iterator[Cluster]:
         if address:
             _join(address)
         else:
-            ray.init(include_dashboard=False, logging_level=logging.ERROR)
+            ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     try:
         yield _look()
     finally:
@@ -100,7 +100,7 @@ def _join(address: str) -> None:
     try:
         if target.hostname and target.port:
             socket.create_connection((target.hostname, target.port), CONNECT_SECONDS).close()
-        ray.init(address=address, logging_level=logging.ERROR)
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, ConnectionError, RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"no Ray cluster answers at {address} ({reason}): {advice}") from error
@@ -132,7 +132,9 @@ def place(config: ClusterConfig, stream: StreamConfig, cluster: Cluster, pool_cp
             f"the cluster has {cluster}; {asked} leave {max(left, 0):g} CPUs for decoding, which needs "
             f"{stream.decode_cpus:g} per worker: lower cluster.workers, cluster.cpus_per_worker or stream.decode_cpus"
         )
-    return Placement(gpu=gpu, decode_tasks=min(stream.decode_tasks or tasks, tasks))
+    # More tasks than CPUs would only take turns. They reserve less than one so that a small machine can hold one.
+    useful = max(1, int(cluster.cpus / config.workers))
+    return Placement(gpu=gpu, decode_tasks=min(stream.decode_tasks or useful, tasks))
 
 
 def check_shared(cluster: Cluster, storage: str, data: str) -> None:
@@ -154,7 +156,7 @@ def check_shared(cluster: Cluster, storage: str, data: str) -> None:
         lost = []
         if "storage" in local and not (Path(storage) / marker).exists():
             lost.append(f"storage {storage}")
-        if "data" in local and not Path(data.split("*")[0]).exists() and not Path(data).parent.exists():
+        if "data" in local and not Path(data.partition("*")[0]).exists() and not Path(data).parent.exists():
             lost.append(f"data {data}")
         return lost
 

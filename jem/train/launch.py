@@ -305,7 +305,14 @@ def _views(job: Job, rank: int, start: Position, device: torch.device) -> Iterat
             yield Views([view.to(device) for view in views.views], views.id.to(device), views.label.to(device))
         return
     batches = ray_batches(
-        job.index, plan, config.stream, rank, start, config.train.epochs, decode_tasks=job.decode_tasks
+        job.index,
+        plan,
+        config.stream,
+        rank,
+        start,
+        config.train.epochs,
+        decode_tasks=job.decode_tasks,
+        pin_memory=device.type == "cuda",
     )
     positions = plan.positions(start, config.train.epochs)
     generators = (generator(config.seed, *position, rank) for position in positions)

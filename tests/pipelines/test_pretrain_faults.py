@@ -1,0 +1,226 @@
+"""Pretraining on Ray Train: from data to a registered encoder, and what a killed worker or driver costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+
+import jem
+from jem.config import PretrainConfig
+from jem.data.index import open_index
+from jem.data.read import read_rows
+from jem.errors import InputError
+from jem.train import checkpoint
+from pipelines.pretrain import PretrainResult, pretrain
+from pipelines.settings import dump_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+STEPS = 12
+DEADLINE = 240.0
+
+
+def config_of(data: Path, test: Path, storage: Path, name: str) -> PretrainConfig:
+    return PretrainConfig.model_validate(
+        {
+            "data": str(data),
+            "test": str(test),
+            "limit": 200,
+            "name": name,
+            "storage": str(storage),
+            "stream": {"canvas": 32, "window": 1},
+            "augment": {"views": [{"count": 2, "size": 32, "scale": (0.4, 1.0), "flip": 0.0}]},
+            "backbone": {"stem": "stride2"},
+            "method": {"name": "vicreg", "expander": (64, 64)},
+            "optimizer": {"name": "adamw", "lr": 0.004},
+            "schedule": {"warmup_epochs": 0.5},
+            "train": {"epochs": 4, "batch_size": 64, "log_every": 1, "checkpoint_every": 2, "keep_checkpoints": 20},
+            "cluster": {"workers": 2},
+            "evaluation": {"knn": {"k": 5}, "online": {"bank": 60, "queries": 30}, "random_baseline": False},
+            "track": {"experiment": "faults", "register_as": name},
+        }
+    )
+
+
+def weights(storage: Path, name: str) -> dict[str, torch.Tensor]:
+    return checkpoint.load(storage / name / f"step-{STEPS:08d}").model
+
+
+def curve(run_id: str, key: str) -> list[tuple[int, float]]:
+    points = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_metric_history(run_id, key)
+    return [(point.step, point.value) for point in points]
+
+
+def when(condition: Callable[[], object], act: Callable[[], None]) -> threading.Thread:
+    """Act in the background once the condition holds."""
+
+    def wait() -> None:
+        end = time.monotonic() + DEADLINE
+        while not condition():
+            if time.monotonic() > end:
+                return
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def workers() -> list[psutil.Process]:
+    """Ray Train's workers on this session's own cluster, whose processes are children of this one."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:  # it has ended meanwhile
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster, digits_dataset, digits_test, storage) -> PretrainResult:
+    return pretrain(config_of(digits_dataset, digits_test, storage, "undisturbed"))
+
+
+def test_pretraining_ends_with_a_registered_encoder_its_run_and_its_pictures(undisturbed, storage, digits_test):
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    run = client.get_run(undisturbed.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["method.mu"] == "25.0"
+    assert run.data.tags["jem.collapse"] == "0"
+    assert {"final/knn", "final/linear", "train/loss", "health/rankme", "online/knn"} <= run.data.metrics.keys()
+    pictures = {item.path for item in client.list_artifacts(undisturbed.run_id)}
+    assert {"views.png", "curves.png", "features.png", "config.yaml"} <= pictures
+    version = client.get_model_version("undisturbed", "1")
+    assert float(version.tags["metric.knn"]) == pytest.approx(undisturbed.pretrained["knn"], abs=1e-3)
+    assert [step for step, _ in curve(undisturbed.run_id, "train/loss")] == list(range(1, STEPS + 1))
+    encoder = jem.load_encoder(undisturbed.encoder)
+    batch = read_rows(open_index(str(digits_test)), range(3), 32, 10**6)
+    assert encoder(batch.image).shape == (3, 512)
+
+
+def test_the_registered_encoder_gives_the_features_of_the_training_process(undisturbed, storage, digits_test):
+    batch = read_rows(open_index(str(digits_test)), range(8), 32, 10**6)
+    encoder = jem.load_encoder(undisturbed.encoder)
+    state = weights(storage, "undisturbed")
+    for name, tensor in encoder.backbone.state_dict().items():
+        assert torch.equal(tensor, state[f"branches.0.backbone.{name}"])
+    with torch.no_grad():
+        many = encoder(batch.image)
+        torch.testing.assert_close(encoder(batch.image.float() / 255), many, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(encoder(batch.image[3]), many[3], rtol=1e-4, atol=1e-5)
+
+
+def test_the_stored_configuration_alone_starts_the_same_run_again(undisturbed, storage, digits_dataset, digits_test):
+    import yaml
+
+    stored = PretrainConfig.model_validate(yaml.safe_load((storage / "undisturbed" / "config.yaml").read_text()))
+    assert stored == config_of(digits_dataset, digits_test, storage, "undisturbed")
+
+
+def test_a_name_that_is_taken_is_refused_and_a_finished_run_is_not_resumed(undisturbed, digits_dataset, storage):
+    config = config_of(digits_dataset, digits_dataset, storage, "undisturbed")
+    with pytest.raises(InputError, match=r"has a run undisturbed already: go on with it \(--resume undisturbed\)"):
+        pretrain(config)
+    with pytest.raises(InputError, match="undisturbed is finished"):
+        pretrain(PretrainConfig(resume="undisturbed", storage=str(storage)))
+    with pytest.raises(InputError, match="no run nosuch in"):
+        pretrain(PretrainConfig(resume="nosuch", storage=str(storage)))
+
+
+def test_a_killed_worker_costs_steps_and_nothing_else(undisturbed, digits_dataset, digits_test, storage):
+    killed: list[int] = []
+
+    def kill() -> None:
+        worker = workers()[0]
+        killed.append(worker.pid)
+        worker.kill()
+
+    # Step 5 of 12, in mid-epoch, after the checkpoint of step 4.
+    thread = when((storage / "worker" / "step-00000004" / checkpoint.FILE).exists, kill)
+    result = pretrain(config_of(digits_dataset, digits_test, storage, "worker"))
+    thread.join(1)
+    assert killed, "nothing was killed, so nothing was shown"
+    _is_as_undisturbed(result, undisturbed, storage)
+
+
+def test_a_killed_driver_is_resumed_by_name(undisturbed, digits_dataset, digits_test, storage, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(config_of(digits_dataset, digits_test, storage, "driver")))
+    command = [sys.executable, "-m", "pipelines.pretrain"]
+    repository = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    with (tmp_path / "log").open("wb") as log:
+        driver = subprocess.Popen(
+            [*command, "--config", str(file)], env=environment, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT
+        )
+        when((storage / "driver" / "step-00000004" / checkpoint.FILE).exists, driver.kill).join(DEADLINE)
+        assert driver.wait(DEADLINE) == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert not (storage / "driver" / f"step-{STEPS:08d}").exists(), "it was killed too late to show anything"
+
+    taken = subprocess.run(
+        [*command, "--config", str(file)],
+        check=False,
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert taken.returncode == 2
+    assert "go on with it (--resume driver)" in taken.stderr
+
+    result = pretrain(PretrainConfig(resume="driver", storage=str(storage)))
+    record = json.loads((storage / "driver" / "run.json").read_text())
+    assert record["status"] == "finished"
+    _is_as_undisturbed(result, undisturbed, storage)
+
+
+def _is_as_undisturbed(result: PretrainResult, undisturbed: PretrainResult, storage: Path) -> None:
+    expected, found = weights(storage, "undisturbed"), weights(storage, result.name)
+    assert expected.keys() == found.keys()
+    different = [name for name in expected if not torch.equal(expected[name], found[name])]
+    assert different == []
+    for key in ("train/loss", "train/variance", "health/std", "online/knn"):
+        assert curve(result.run_id, key) == curve(undisturbed.run_id, key), f"one curve of {key}, without a repeat"
+    runs = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).search_runs(
+        [MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_experiment_by_name("faults").experiment_id],
+        f"tags.`jem.name` = '{result.name}'",
+    )
+    assert [run.info.run_id for run in runs] == [result.run_id]
+    assert runs[0].info.status == "FINISHED"
+
+
+def test_a_resumed_run_keeps_its_settings(storage, undisturbed, digits_dataset, tmp_path):
+    record = storage / "undisturbed" / "run.json"
+    text = record.read_text()
+    record.write_text(json.dumps(json.loads(text) | {"status": "stopped"}))
+    try:
+        with pytest.raises(
+            InputError, match=r"a resumed run keeps its settings: leave out --train\.epochs \(it was 4\)"
+        ):
+            pretrain(
+                PretrainConfig.model_validate(
+                    {"resume": "undisturbed", "storage": str(storage), "train": {"epochs": 9}}
+                )
+            )
+    finally:
+        record.write_text(text)
