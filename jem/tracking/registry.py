@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from jem.encoder import MANIFEST, PROGRAM, WEIGHTS, Encoder, EncoderManifest, read_encoder, read_manifest
 from jem.errors import InputError
 from jem.tracking.lookup import client_for, explained, fetched, pages, resolve, versions_of
-from jem.tracking.store import without_credentials
+from jem.tracking.store import quiet, without_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -95,7 +95,8 @@ def register_encoder(
                 _write_model(Path(folder), Path(temporary) / "model")
                 client.log_artifacts(run_id, str(Path(temporary) / "model"), path)
             described = {**_tags(manifest), **{key: str(value) for key, value in (tags or {}).items()}}
-            version = client.create_model_version(name, f"{run.info.artifact_uri}/{path}", run_id, tags=described)
+            with quiet():
+                version = client.create_model_version(name, f"{run.info.artifact_uri}/{path}", run_id, tags=described)
         if alias is not None:
             client.set_registered_model_alias(name, alias, str(version.version))
     return int(version.version)

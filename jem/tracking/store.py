@@ -28,6 +28,7 @@ _SECRET = re.compile(r"token|secret|password|passwd|signature|credential|(^|[-_]
 _URI = re.compile(r"[a-zA-Z][\w+.-]*://[^\s'\"<>()]+")
 _CONTAINERS = ("abfs", "wasb")
 """Schemes in which what stands before the @ is a container, not a user."""
+_TALKERS = ("mlflow.store.db.utils", "alembic.runtime.migration", "mlflow.store.model_registry.abstract_store")
 _FORBIDDEN = (401, 403)
 _KINDS = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc")
 
@@ -100,7 +101,7 @@ def _open(uri: str) -> MlflowClient:
             ) from error
         if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir():
             raise InputError(f"cannot write {path}: give a writable place in --track.uri (sqlite:///FOLDER/mlflow.db)")
-    with _quiet():
+    with quiet():
         client = MlflowClient(uri, uri)
         client.search_experiments(max_results=1)
     return client
@@ -183,9 +184,9 @@ def within(seconds: float, function: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without MLflow's report of each migration of a new store."""
-    loggers = [logging.getLogger(name) for name in ("mlflow.store.db.utils", "alembic.runtime.migration")]
+def quiet() -> Iterator[None]:
+    """Without MLflow's reports of each migration of a new store, and of waiting for a model version."""
+    loggers = [logging.getLogger(name) for name in _TALKERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
