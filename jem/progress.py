@@ -26,7 +26,7 @@ class Progress:
 
     def __init__(self, description: str, total: int | None, unit: str = "img", done: int = 0) -> None:
         self._description, self._total, self._unit = description, total, unit
-        self._first, self._done = done, done
+        self._first, self._done, self._shown = done, done, done
         self._began = self._last_line = time.monotonic()
         self._info = ""
         self._bar = (
@@ -53,7 +53,7 @@ class Progress:
             print(message, file=sys.stderr, flush=True)
 
     def _line(self) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._shown = time.monotonic(), self._done
         elapsed = self._last_line - self._began
         rate = (self._done - self._first) / elapsed if elapsed > 0 else 0.0
         of = f"/{self._total}" if self._total is not None else ""
@@ -72,7 +72,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        elif self._done > self._first:
+        elif self._done > self._shown:
             self._line()
 
     def __enter__(self) -> Self:
