@@ -45,6 +45,14 @@ class Progress:
         elif time.monotonic() - self._last_line >= LINE_SECONDS:
             self._line()
 
+    def at(self, done: int) -> None:
+        """Set what is done, at the start or after falling back; the rate begins anew."""
+        self._first, self._done, self._shown = done, done, done
+        self._began = self._last_line = time.monotonic()
+        if self._bar is not None:
+            self._bar.reset(self._total)
+            self._bar.update(done)
+
     def say(self, message: str) -> None:
         """Print a line without breaking the bar."""
         if self._bar is not None:

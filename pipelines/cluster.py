@@ -87,7 +87,7 @@ def connect(config: ClusterConfig) -> Iterator[Cluster]:
 def _look() -> Cluster:
     nodes = [
         Node(node["NodeID"], node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
-        for node in ray.nodes()
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
         if node["Alive"]
     ]
     return Cluster(tuple(nodes))

@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import jem
-from jem.config import DemoConfig, EmbedConfig, IngestConfig, PretrainConfig, StreamConfig
+from jem.config import DemoConfig, EmbedConfig, IngestConfig, PretrainConfig
 from jem.errors import InputError
 from pipelines.cluster import connect
 from pipelines.command import main_for
@@ -78,7 +78,6 @@ def demo(config: DemoConfig) -> DemoResult:
                 encoder=vicreg.encoder,
                 data=str(out / "digits-test"),
                 out=embeddings,
-                stream=StreamConfig(canvas=SIDE),
                 track=config.track,
             )
         )

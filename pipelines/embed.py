@@ -36,7 +36,7 @@ def embed(config: EmbedConfig) -> EmbedResult:
     from jem.data.embeddings import check_free, write_embeddings
     from jem.data.index import open_index
     from jem.data.storage import absolute
-    from jem.evaluate.extract import DEADLINE, encode, within
+    from jem.evaluate.extract import DEADLINE, encode, stream_of, within
     from jem.tracking.registry import load_encoder, show
     from jem.tracking.store import without_credentials
     from pipelines.cluster import connect
@@ -56,7 +56,8 @@ def embed(config: EmbedConfig) -> EmbedResult:
     }
     with connect(config.cluster) as cluster:
         gpu = config.cluster.gpu if config.cluster.gpu is not None else cluster.gpus >= config.actors
-        rows = encode(encoder, index, config.stream, config.batch_size, config.actors, gpu=gpu)
+        stream = stream_of(manifest.info.config, config.stream)  # other canvases would give other features
+        rows = encode(encoder, index, stream, config.batch_size, config.actors, gpu=gpu)
         blocks = _counted(within(rows, DEADLINE), index)
         written = write_embeddings(blocks, out, manifest.dimensions, about, overwrite=config.overwrite)
     result = EmbedResult(out, uri, written.rows, manifest.dimensions, written.shards)

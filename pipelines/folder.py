@@ -68,7 +68,7 @@ class RunFolder:
     def exists(self) -> bool:
         """Whether there is anything of a run of this name."""
         filesystem, path = self._open(self.name)
-        return filesystem.get_file_info(path).type != fs.FileType.NotFound
+        return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
 
     def others(self) -> list[str]:
         """Names of the runs in this storage."""

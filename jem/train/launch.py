@@ -17,8 +17,8 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
+from ray.train.v2.api.config import FailureConfig  # mypy takes ray.train's for that of Train V1
 
 from jem.augment.views import Augment, generator, prefetched
 from jem.batch import Batch, Views
@@ -115,7 +115,7 @@ def train(job: Job) -> Trained:
         RunError: It could not finish; the message says why. The last checkpoint is kept.
     """
     config = job.config
-    mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
+    mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.start_timeout)
     trainer = ray.train.torch.TorchTrainer(
         _worker,
@@ -129,7 +129,7 @@ def train(job: Job) -> Trained:
         run_config=ray.train.RunConfig(
             name=job.name,
             storage_path=job.storage,
-            failure_config=ray.train.FailureConfig(
+            failure_config=FailureConfig(
                 max_failures=config.cluster.max_failures, controller_failure_limit=max(config.cluster.max_failures, 0)
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
@@ -138,7 +138,7 @@ def train(job: Job) -> Trained:
     total = job.plan().total_steps(config.train.epochs) * config.train.batch_size
     try:
         with _telling(mailbox, Progress(f"pretrain {job.name}", total)):
-            result = trainer.fit()
+            result: Any = trainer.fit()
         failure = (result.return_value or {}).get("failure")
     except ray.train.TrainingFailedError as error:
         failure = _fatal(mailbox) or _cause(error)
@@ -163,7 +163,7 @@ def _cause(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _fatal(mailbox: ActorHandle[Any]) -> str | None:
+def _fatal(mailbox: Any) -> str | None:
     try:
         reason: str | None = ray.get(mailbox.fatal.remote(), timeout=ANSWER_SECONDS)
     except RayError:
@@ -172,7 +172,7 @@ def _fatal(mailbox: ActorHandle[Any]) -> str | None:
 
 
 @contextlib.contextmanager
-def _telling(mailbox: ActorHandle[Any], progress: Progress) -> Iterator[None]:
+def _telling(mailbox: Any, progress: Progress) -> Iterator[None]:
     """Shows the workers' news while the block runs."""
     done = threading.Event()
 
@@ -186,6 +186,8 @@ def _telling(mailbox: ActorHandle[Any], progress: Progress) -> Iterator[None]:
             for kind, value in news:
                 if kind == "say":
                     progress.say(value)
+                elif kind == "at":
+                    progress.at(value)
                 else:
                     images, info = value
                     progress.update(images, **info)
@@ -208,7 +210,7 @@ def _telling(mailbox: ActorHandle[Any], progress: Progress) -> Iterator[None]:
 class _News:
     """What rank 0 tells: metrics to MLflow, progress and words to the driver. The other ranks are silent."""
 
-    def __init__(self, job: Job, mailbox: ActorHandle[Any]) -> None:
+    def __init__(self, job: Job, mailbox: Any) -> None:
         self._mailbox = mailbox
         self._mine = ray.train.get_context().get_world_rank() == 0
         self._log = MetricLog(job.tracking_uri, job.run_id) if self._mine else None
@@ -224,6 +226,12 @@ class _News:
     def say(self, message: str) -> None:
         if self._mine:
             self._mailbox.put.remote("say", message)
+
+    def at(self, step: int, images: int) -> None:
+        """The run goes on from a checkpoint."""
+        if self._mine:
+            self._mailbox.put.remote("at", images)
+            self.say(f"going on from step {step}")
 
     def keep(self, state: State | None, step: int, summary: Summary) -> None:
         """Hand a checkpoint to Ray Train, which uploads it in the background. All ranks call it."""
@@ -248,10 +256,10 @@ class _News:
             self._log.close(FLUSH_SECONDS)
 
 
-def _worker(arguments: dict[str, Any]) -> dict[str, str]:
-    """One train worker, from its start (or start again) to the end of the run."""
+def _worker(arguments: dict[str, Any]) -> Any:
+    """One train worker, from its start (or start again) to the end of the run; returns {"failure": why}, or {}."""
     job: Job = arguments["job"]
-    mailbox: ActorHandle[Any] = arguments["mailbox"]
+    mailbox: Any = arguments["mailbox"]
     failure = _fatal(mailbox)
     if failure:
         return {"failure": failure}
@@ -276,7 +284,7 @@ def _train(job: Job, news: _News) -> None:
     method = build_method(config.method, config.backbone, job.classes)
     state = _restore(job)
     if state is not None:
-        news.say(f"going on from step {state.step}")
+        news.at(state.step, state.step * config.train.batch_size)
     labelled = job.index.label_column is not None
     judge = OnlineKNN(config, job.index, job.test, device) if labelled and config.evaluation.online else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -127,11 +127,11 @@ def _step(
     method.train()
     output: StepOutput
     for index, part in enumerate(_split(views, train.accumulate), start=1):
-        alone = index < train.accumulate and isinstance(wrapped, DistributedDataParallel)
-        with wrapped.no_sync() if alone else contextlib.nullcontext():
+        sums = index < train.accumulate and isinstance(wrapped, DistributedDataParallel)
+        with cast("DistributedDataParallel", wrapped).no_sync() if sums else contextlib.nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
                 output = wrapped(part)
-            (output.loss / train.accumulate).backward()
+            torch.autograd.backward(output.loss / train.accumulate)
     if train.clip_norm is not None:
         nn.utils.clip_grad_norm_(method.parameters(), train.clip_norm)
     optimizer.step()

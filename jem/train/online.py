@@ -54,7 +54,8 @@ class Sample:
 
     def _whole(self, mine: Tensor) -> Tensor:
         everyone = distributed.gather(mine)
-        return everyone.unflatten(0, (distributed.world(), -1)).transpose(0, 1).flatten(0, 1)[: self.rows]
+        by_rank = everyone.view(distributed.world(), -1, *everyone.shape[1:])
+        return by_rank.transpose(0, 1).flatten(0, 1)[: self.rows]
 
 
 class OnlineKNN:
