@@ -36,6 +36,7 @@ from pipelines.folder import RunFolder
 from pipelines.settings import dump_config
 
 PREVIEW_IMAGES = 6
+CURVES = ("train/", "health/", "online/")
 SMALL_BATCH = 64
 """Below it VICReg's variance and covariance are noise (the paper's smallest batch is 128)."""
 
@@ -236,7 +237,9 @@ def _finish(job: Job, trained: Trained, data: _Data, tracker: Tracker) -> Pretra
     tracker.log_figure(
         run_id, projection(shown.features.numpy(), shown.labels.numpy(), data.train.classes), "features.png"
     )
-    tracker.log_figure(run_id, loss_curves(tracker.history(run_id)), "curves.png")
+    curves = {key: curve for key, curve in tracker.history(run_id).items() if key.startswith(CURVES)}
+    if curves:  # MLflow may have been away all the time
+        tracker.log_figure(run_id, loss_curves(curves), "curves.png")
 
     version = _register(job, encoder, pretrained, untrained, collapse, verdict)
     tracker.set_tags(run_id, {"jem.encoder": version})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Protocol
 
 import torch
@@ -19,6 +18,7 @@ from jem.methods.base import StepOutput
 
 Summary = dict[str, float | str]
 """The last value of each metric, `collapse` (0, or the type, 1 or 2) and `verdict` (the same in words)."""
+HEALTH = ("std", "spread", "rankme", "rank", "correlation")
 WAIT_WARNING = 0.1
 """Share of time spent waiting for data above which a hint is given."""
 
@@ -122,7 +122,7 @@ class Watch:
     def _examine(self, embedding: Tensor, step: int) -> None:
         self.health = embedding_health(distributed.gather(embedding.detach().float()))
         found = verdict(self.health)
-        self._reporter.metrics({f"health/{name}": value for name, value in asdict(self.health).items()}, step)
+        self._reporter.metrics({f"health/{name}": getattr(self.health, name) for name in HEALTH}, step)
         if found.kind != (self.verdict.kind if self.verdict is not None else 0):
             self._reporter.say(f"step {step}: {found.words}")
         self.verdict = found
@@ -141,5 +141,6 @@ class Watch:
         """What is known now."""
         values: Summary = dict(self.last)
         if self.health is not None and self.verdict is not None:
-            values |= asdict(self.health) | {"collapse": self.verdict.kind, "verdict": self.verdict.words}
+            values |= {name: getattr(self.health, name) for name in HEALTH}
+            values |= {"collapse": self.verdict.kind, "verdict": self.verdict.words}
         return values

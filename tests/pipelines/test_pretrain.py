@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -207,6 +208,32 @@ def _is_as_undisturbed(result: PretrainResult, undisturbed: PretrainResult, stor
     )
     assert [run.info.run_id for run in runs] == [result.run_id]
     assert runs[0].info.status == "FINISHED"
+
+
+def test_views_made_in_a_pool_are_those_of_the_device(undisturbed, digits_dataset, digits_test, storage):
+    values = config_of(digits_dataset, digits_test, storage, "pool").model_dump()
+    values["augment"] |= {"placement": "pool", "pool_actors": 1, "pool_cpus": 0.2}
+    values["evaluation"] |= {"probe": None}
+    result = pretrain(PretrainConfig.model_validate(values))
+    expected, found = weights(storage, "undisturbed"), weights(storage, result.name)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_a_collapse_is_named_in_the_terminal_and_in_the_tags(undisturbed, digits_dataset, digits_test, storage, capsys):
+    values = config_of(digits_dataset, digits_test, storage, "collapsing").model_dump()
+    values["method"]["mu"] = 0.0
+    values["train"] |= {"epochs": 12, "checkpoint_every": None}
+    values["track"]["alias"] = "champion"
+    result = pretrain(PretrainConfig.model_validate(values))
+    assert result.collapse == 1
+    printed = capsys.readouterr()
+    assert "collapsing: collapsed (complete)" in printed.out
+    assert re.search(r"step \d+: collapsed \(complete\)", printed.err), "early, while it trains"
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    assert client.get_run(result.run_id).data.tags["jem.collapse"] == "1"
+    version = client.get_model_version("collapsing", "1")
+    assert version.tags["collapse"] == "1"
+    assert version.aliases == [], "a collapsed encoder takes no alias from a good one"
 
 
 def test_a_resumed_run_keeps_its_settings(storage, undisturbed, digits_dataset, tmp_path):
