@@ -221,7 +221,8 @@ class _News:
 
     def progress(self, images: int, info: dict[str, float]) -> None:
         if self._mine:
-            self._mailbox.put.remote("progress", (images, {key: f"{value:.3g}" for key, value in info.items()}))
+            shown = {key: f"{value:.0%}" if key == "waiting" else f"{value:.4g}" for key, value in info.items()}
+            self._mailbox.put.remote("progress", (images, shown))
 
     def say(self, message: str) -> None:
         if self._mine:
@@ -297,31 +298,13 @@ def _train(job: Job, news: _News) -> None:
 def _views(job: Job, rank: int, start: Position, device: torch.device) -> Iterator[Views]:
     """This worker's views from `start` to the end of the run."""
     config, plan = job.config, job.plan()
+    mine = (job.index, plan, config.stream, rank, start, config.train.epochs)
     if config.augment.placement == "pool":
-        pooled = views_batches(
-            job.index,
-            plan,
-            config.stream,
-            rank,
-            start,
-            config.train.epochs,
-            decode_tasks=job.decode_tasks,
-            augment=config.augment,
-            make=partial(_PoolAugment, config.augment, config.seed, rank),
-        )
-        for views in pooled:
+        make = partial(_PoolAugment, config.augment, config.seed, rank)
+        for views in views_batches(*mine, decode_tasks=job.decode_tasks, augment=config.augment, make=make):
             yield Views([view.to(device) for view in views.views], views.id.to(device), views.label.to(device))
         return
-    batches = ray_batches(
-        job.index,
-        plan,
-        config.stream,
-        rank,
-        start,
-        config.train.epochs,
-        decode_tasks=job.decode_tasks,
-        pin_memory=device.type == "cuda",
-    )
+    batches = ray_batches(*mine, decode_tasks=job.decode_tasks, pin_memory=device.type == "cuda")
     positions = plan.positions(start, config.train.epochs)
     generators = (generator(config.seed, *position, rank) for position in positions)
     for _, views in prefetched(batches, generators, Augment(config.augment), device):

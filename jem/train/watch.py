@@ -108,7 +108,7 @@ class Watch:
         elapsed = max(time.monotonic() - self._began, 1e-9)
         self._rates = {"images_per_second": self._images / elapsed, "wait_share": self._waited / elapsed}
         self._reporter.metrics({f"train/{name}": value for name, value in (values | self._rates).items()}, step)
-        self._reporter.progress(self._images, {"loss": values["loss"], "wait": self._rates["wait_share"]})
+        self._reporter.progress(self._images, {"loss": values["loss"], "waiting": self._rates["wait_share"]})
         if self._rates["wait_share"] > WAIT_WARNING and self._told > 0 and not self._hinted:
             self._hinted = True
             self._reporter.say(
