@@ -19,6 +19,9 @@ from jem.config import ClusterConfig, StreamConfig
 from jem.errors import InputError
 
 CONNECT_SECONDS = 10.0
+KEEP_IDLE = ("RAY_idle_worker_killing_time_threshold_ms", "600000")
+"""Ray ends processes that idle for a second when there are more than CPUs, and every decode task would start its own
+again: 3 s of a core each, which halved the training rate on 2 cores."""
 NODE_CHECK_SECONDS = 60.0
 
 
@@ -76,6 +79,7 @@ def connect(config: ClusterConfig) -> Iterator[Cluster]:
         if address:
             _join(address)
         else:
+            os.environ.setdefault(*KEEP_IDLE)
             ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     try:
         yield _look()

@@ -42,6 +42,7 @@ def own_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
         "RAY_AUTH_MODE": "disabled",
+        "RAY_idle_worker_killing_time_threshold_ms": "600000",  # as pipelines.cluster starts it
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_V2_ENABLED": "1",
         "HF_HUB_OFFLINE": "1",
