@@ -420,7 +420,7 @@ class DemoConfig(Section):
     """The main job, offline, on scikit-learn's handwritten digits."""
 
     out: str = Field("demo", description="folder for the data set, the runs and the embeddings")
-    epochs: PositiveInt = 12
+    epochs: PositiveInt = 10
     workers: PositiveInt = 2
     seed: int = Field(0, ge=0)
     track: TrackConfig = TrackConfig(experiment="jem-demo", register_as="demo-digits", alias="champion")

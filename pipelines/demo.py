@@ -60,7 +60,7 @@ def demo(config: DemoConfig) -> DemoResult:
         _title("2 of 5: pretrain without labels: VICReg on 2 Ray Train workers, then judge and register")
         vicreg = pretrain(_settings(config, settings, "vicreg"))
 
-        _title("3 of 5: for comparison, the same network trained with labels")
+        _title("3 of 5: for comparison, the same network trained with labels, for half as many epochs")
         supervised = pretrain(_settings(config, settings, "supervised"))
 
         _title("4 of 5: pull the encoder back from the registry")
@@ -91,7 +91,7 @@ def demo(config: DemoConfig) -> DemoResult:
 
 
 def _settings(config: DemoConfig, recipe: PretrainConfig, method: str) -> PretrainConfig:
-    """The recipe with the demo's epochs, workers and names; the supervised one differs in its method only."""
+    """The recipe with the demo's epochs, workers and names; the supervised one differs in method and epochs only."""
     values = recipe.model_dump()
     values |= {"storage": str(Path(config.out).resolve() / "runs"), "seed": config.seed, "name": method}
     values["train"]["epochs"] = config.epochs
@@ -99,6 +99,7 @@ def _settings(config: DemoConfig, recipe: PretrainConfig, method: str) -> Pretra
     values["track"] = config.track.model_dump()
     if method == "supervised":
         values["method"] = {"name": "supervised"}
+        values["train"]["epochs"] = max(1, config.epochs // 2)
         values["evaluation"]["random_baseline"] = False
         values["track"] |= {"register_as": f"{config.track.register_as}-supervised", "alias": None}
     return PretrainConfig.model_validate(values)
