@@ -138,7 +138,7 @@ def train(job: Job) -> Trained:
     total = job.plan().total_steps(config.train.epochs) * config.train.batch_size
     try:
         with _telling(mailbox, Progress(f"pretrain {job.name}", total)):
-            result: Any = trainer.fit()
+            result = _fit(trainer)
         failure = (result.return_value or {}).get("failure")
     except ray.train.TrainingFailedError as error:
         failure = _fatal(mailbox) or _cause(error)
@@ -150,6 +150,26 @@ def train(job: Job) -> Trained:
     with result.checkpoint.as_directory() as folder:
         state = checkpoint.load(Path(folder))
     return Trained(state, dict(result.metrics or {}), result.checkpoint.path)
+
+
+def _fit(trainer: ray.train.torch.TorchTrainer) -> Any:
+    """`trainer.fit()` in a thread: in the main one it takes SIGINT for itself, and ends the process with status 0."""
+    outcome: list[Any] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(trainer.fit())
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            failure.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="jem-fit")
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)  # without a limit, signals would wait for the end
+    if failure:
+        raise failure[0]
+    return outcome[0]
 
 
 def _cause(error: BaseException) -> str:
