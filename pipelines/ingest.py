@@ -46,7 +46,7 @@ def ingest(config: IngestConfig) -> IngestResult:
 
 def _print(result: IngestResult) -> None:
     names = f", {len(result.classes)} classes" if result.classes else ", labelled" if result.labelled else ", no labels"
-    print(f"{result.images:,} images in {result.shards} shards{names}, from {SOURCES[result.kind]}: {result.dest}")
+    print(f"{result.images:,} images in {result.shards} shard(s){names}, from {SOURCES[result.kind]}: {result.dest}")
     if result.rejected:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in result.reasons.items())
         print(f"{result.rejected:,} rejected ({counts}), listed in {result.dest}/_rejected.parquet:")

@@ -48,7 +48,6 @@ class Watch:
         self._images, self._waited, self._began = 0, 0.0, time.monotonic()
         self._first_bad: Tensor | None = None
         self._names: list[str] = []
-        self._rates: dict[str, float] = {}
         self._hinted = False
         self.health: Health | None = None
         self.verdict: Verdict | None = None
@@ -106,18 +105,18 @@ class Watch:
 
     def _tell(self, values: dict[str, float], step: int) -> None:
         elapsed = max(time.monotonic() - self._began, 1e-9)
-        self._rates = {"images_per_second": self._images / elapsed, "wait_share": self._waited / elapsed}
-        self._reporter.metrics({f"train/{name}": value for name, value in (values | self._rates).items()}, step)
-        self._reporter.progress(self._images, {"loss": values["loss"], "waiting": self._rates["wait_share"]})
-        if self._rates["wait_share"] > WAIT_WARNING and self._told > 0 and not self._hinted:
+        rates = {"images_per_second": self._images / elapsed, "wait_share": self._waited / elapsed}
+        self._reporter.metrics({f"train/{name}": value for name, value in (values | rates).items()}, step)
+        self._reporter.progress(self._images, {"loss": values["loss"], "waiting": rates["wait_share"]})
+        if rates["wait_share"] > WAIT_WARNING and self._told > 0 and not self._hinted:
             self._hinted = True
             self._reporter.say(
-                f"waiting for data takes {self._rates['wait_share']:.0%} of the time: raise stream.decode_tasks, add "
+                f"waiting for data takes {rates['wait_share']:.0%} of the time: raise stream.decode_tasks, add "
                 "CPU nodes, or make smaller images once with `jem ingest --short-side`"
             )
         self._told = step
         self._images, self._waited, self._began = 0, 0.0, time.monotonic()
-        self.last = values | self._rates
+        self.last = values | rates
 
     def _examine(self, embedding: Tensor, step: int) -> None:
         self.health = embedding_health(distributed.gather(embedding.detach().float()))
