@@ -57,7 +57,9 @@ def demo(config: DemoConfig) -> DemoResult:
         for part in ("train", "test"):
             ingest(IngestConfig(source=str(out / "pictures" / part), dest=str(out / f"digits-{part}")))
 
-        _title("2 of 5: pretrain without labels: VICReg on 2 Ray Train workers, then judge and register")
+        _title(
+            f"2 of 5: pretrain without labels: VICReg on {config.workers} Ray Train workers, then judge and register"
+        )
         vicreg = pretrain(_settings(config, settings, "vicreg"))
 
         _title("3 of 5: for comparison, the same network trained with labels, for half as many epochs")

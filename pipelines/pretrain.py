@@ -284,7 +284,8 @@ def _print(result: PretrainResult, config: PretrainConfig, where: str) -> None:
         if found:
             print(f"  {label:<7}{', '.join(found)}")
     print(f"  RankMe {result.pretrained['rankme']:.0f}")
-    print(f"registered as {result.encoder}" + (f"@{config.track.alias}" if config.track.alias else ""))
+    alias = f", alias {config.track.alias}" if config.track.alias and not result.collapse else ""
+    print(f"registered as {result.encoder}{alias}")
     print(f"  use it:    jem.load_encoder({result.encoder!r})")
     print(f"  embed:     jem embed --encoder {result.encoder} --data {config.data} --out embeddings")
     print(f"  look:      {where}")
