@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,7 +33,8 @@ class Batch:
 class Views:
     """Augmented versions of one batch.
 
-    The global views come first, local ones (multi-crop) after them; sizes may differ from view to view.
+    The two global views come first, local ones (multi-crop) after them; sizes may differ from view to view. Iterating
+    gives (images, mask) for each view, which is what a backbone takes.
     """
 
     views: list[Tensor]
@@ -41,6 +43,11 @@ class Views:
     """int64 (N,)."""
     label: Tensor
     """int64 (N,), -1 where the data set has no labels."""
+    masks: list[Tensor | None] | None = None
+    """For each view bool (N, patches), True where a patch is masked, or None; None if no view is masked."""
 
     def __len__(self) -> int:
         return self.id.shape[0]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        return zip(self.views, self.masks or [None] * len(self.views), strict=True)

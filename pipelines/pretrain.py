@@ -166,7 +166,7 @@ def _open(config: PretrainConfig) -> _Data:
             f"{config.data} has {len(index)} images, which do not fill one batch of train.batch_size "
             f"{config.train.batch_size}: lower it"
         )
-    build_method(config.method, config.backbone, classes)
+    build_method(config.method, config.backbone, classes, len(index))
     return _Data(index, test, classes)
 
 
@@ -216,7 +216,7 @@ def _ending(tracker: Tracker, folder: RunFolder, record: dict[str, Any]) -> Iter
 
 def _finish(job: Job, trained: Trained, data: _Data, tracker: Tracker) -> PretrainResult:
     config, run_id = job.config, job.run_id
-    method = build_method(config.method, config.backbone, data.classes)
+    method = build_method(config.method, config.backbone, data.classes, len(data.train))
     method.load_state_dict(trained.state.model)
     encoder = encoder_of(method, config).eval()
     collapse, verdict = int(trained.summary["collapse"]), str(trained.summary["verdict"])
@@ -248,7 +248,7 @@ def _finish(job: Job, trained: Trained, data: _Data, tracker: Tracker) -> Pretra
 
 def _untrained(config: PretrainConfig, data: _Data) -> Encoder:
     torch.manual_seed(config.seed)
-    return encoder_of(build_method(config.method, config.backbone, data.classes), config).eval()
+    return encoder_of(build_method(config.method, config.backbone, data.classes, len(data.train)), config).eval()
 
 
 def _register(

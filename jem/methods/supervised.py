@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jem.distributed import gather
-from jem.methods.base import Method, StepOutput, at_least_float32
+from jem.methods.base import Method, StepOutput, everyones
 from jem.models.backbones import Backbone, build_backbone
 
 if TYPE_CHECKING:
@@ -25,9 +25,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
 class Supervised(Method):
     """Backbone and linear classifier; the loss is averaged over the views."""
 
+    config: SupervisedConfig
+
     def __init__(self, config: SupervisedConfig, backbone: BackboneConfig, classes: int) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.network = build_backbone(backbone)
         self.classifier = nn.Linear(self.network.dim, classes)
 
@@ -38,18 +39,14 @@ class Supervised(Method):
 
     def forward(self, views: Views) -> StepOutput:
         """Cross entropy of every view, averaged; the embedding is the logits."""
-        representations = [self.network(view) for view in views.views]
-        logits = [at_least_float32(self.classifier(y)) for y in representations]
+        representations = [self.network(*view) for view in views]
+        logits = [self.classifier(y) for y in representations]
         labels = gather(views.label)
         with torch.autocast(labels.device.type, enabled=False):
-            every = [gather(each) for each in logits]
+            every = [everyones(each) for each in logits]
             losses = [cross_entropy(each, labels, self.config.label_smoothing) for each in every]
             loss = torch.stack(losses).mean()
         labelled = labels >= 0
         right = (every[0].argmax(dim=1) == labels) & labelled
-        return StepOutput(
-            loss,
-            embedding=logits[0].detach(),
-            representation=at_least_float32(representations[0].detach()),
-            terms={"cross_entropy": loss.detach(), "accuracy": right.sum() / labelled.sum()},
-        )
+        terms = {"cross_entropy": loss, "accuracy": right.sum() / labelled.sum()}
+        return self.output(loss, logits, representations[0], terms)

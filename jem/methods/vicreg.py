@@ -10,21 +10,21 @@ over the dimensions as well as over the batch (equation 5 sums over them), and v
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from jem.distributed import gather
 from jem.errors import InputError
-from jem.methods.base import Method, StepOutput, at_least_float32
-from jem.models.backbones import Backbone, build_backbone
-from jem.models.heads import mlp
+from jem.methods.base import Method, StepOutput, everyones
+from jem.methods.regularisers import covariance, variance
+from jem.models.branch import Branch
 
 if TYPE_CHECKING:
     from jem.batch import Views
     from jem.config import BackboneConfig, VICRegConfig
+    from jem.models.backbones import Backbone
 
 
 def invariance(z1: Tensor, z2: Tensor) -> Tensor:
@@ -32,31 +32,17 @@ def invariance(z1: Tensor, z2: Tensor) -> Tensor:
     return functional.mse_loss(z1, z2)
 
 
-def variance(z: Tensor) -> Tensor:
-    """Hinge on the standard deviation of each dimension, (N, d) to a scalar (equations 1 and 2).
+def variance_ablated(z: Tensor) -> Tensor:
+    """The paper's ablation: the hinge on the variance in place of the standard deviation, mean_j max(0, 1 - Var_j).
 
-    mean_j max(0, 1 - sqrt(Var_j + 1e-4)), with the unbiased variance.
+    Its gradient vanishes where a dimension collapses, and so cannot prevent it (section 4.1).
     """
-    return functional.relu(1 - torch.sqrt(z.var(dim=0) + 1e-4)).mean()
+    return functional.relu(1 - z.var(dim=0)).mean()
 
 
-def covariance(z: Tensor) -> Tensor:
-    """Sum of the squared off-diagonal entries of the covariance matrix, / d; (N, d) to a scalar (equations 3 and 4).
-
-    The sum over all entries is |Z'Z|² = |ZZ'|² (Z centred), so the smaller of the two matrices will do. The (N, N) one
-    is taken for N <= d / 2 only: then at least half of the sum lies off the diagonal (of N - 1 dimensions at most
-    are independent), and subtracting the diagonal costs no precision.
-    """
-    n, d = z.shape
-    z = z - z.mean(dim=0)
-    if 2 * n <= d:
-        total = (z @ z.T).square().sum()
-        return (total - z.square().sum(dim=0).square().sum()) / (n - 1) ** 2 / d
-    entries = (z.T @ z).square()
-    return (entries.sum() - entries.diagonal().sum()) / (n - 1) ** 2 / d
-
-
-def vicreg_loss(z1: Tensor, z2: Tensor, lam: float, mu: float, nu: float) -> tuple[Tensor, dict[str, Tensor]]:
+def vicreg_loss(
+    z1: Tensor, z2: Tensor, lam: float, mu: float, nu: float, hinge: Literal["std", "variance"] = "std"
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of the whole batch, and its terms unweighted.
 
     Args:
@@ -65,6 +51,7 @@ def vicreg_loss(z1: Tensor, z2: Tensor, lam: float, mu: float, nu: float) -> tup
         lam: weight of the invariance term.
         mu: weight of the variance term.
         nu: weight of the covariance term.
+        hinge: what the variance term holds at 1.
 
     Raises:
         InputError: fewer than 2 images, whose variance is undefined.
@@ -73,34 +60,22 @@ def vicreg_loss(z1: Tensor, z2: Tensor, lam: float, mu: float, nu: float) -> tup
         raise InputError(
             f"VICReg needs the variance of a batch, and this one has {len(z1)} image: raise train.batch_size"
         )
+    v = variance if hinge == "std" else variance_ablated
     terms = {
         "invariance": invariance(z1, z2),
-        "variance": (variance(z1) + variance(z2)) / 2,
+        "variance": (v(z1) + v(z2)) / 2,
         "covariance": covariance(z1) + covariance(z2),
     }
     return lam * terms["invariance"] + mu * terms["variance"] + nu * terms["covariance"], terms
 
 
-class Branch(nn.Module):
-    """Backbone and expander: images, float (N, 3, H, W), to representation (N, D) and embedding (N, d)."""
-
-    def __init__(self, backbone: BackboneConfig, expander: tuple[int, ...]) -> None:
-        super().__init__()
-        self.backbone = build_backbone(backbone)
-        self.expander = mlp((self.backbone.dim, *expander), last_bias=False)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Representation (N, D) and embedding (N, d) of one view."""
-        representation = self.backbone(images)
-        return representation, self.expander(representation)
-
-
 class VICReg(Method):
     """Two branches, which share their weights or not, and the loss on the gathered embeddings."""
 
+    config: VICRegConfig
+
     def __init__(self, config: VICRegConfig, backbone: BackboneConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         match config.branches:
             case "shared":
                 backbones = [backbone]
@@ -108,27 +83,19 @@ class VICReg(Method):
                 backbones = [backbone, backbone]
             case (first, second):
                 backbones = [first, second]
-        self.branches = nn.ModuleList(Branch(each, config.expander) for each in backbones)
+        self.branches = nn.ModuleList(Branch(each, config.expander, last_bias=False) for each in backbones)
 
     @property
     def backbone(self) -> Backbone:
         """The first branch's."""
-        backbone = self.branches[0].backbone
-        assert isinstance(backbone, Backbone)
-        return backbone
+        return cast("Branch", self.branches[0]).backbone
 
     def forward(self, views: Views) -> StepOutput:
         """VICReg of two views."""
-        first, second = views.views
-        y1, z1 = self.branches[0](first)
-        _, z2 = self.branches[-1](second)
+        first, second = views
+        y1, z1 = self.branches[0](*first)
+        _, z2 = self.branches[-1](*second)
         with torch.autocast(z1.device.type, enabled=False):
             config = self.config
-            z1, z2 = at_least_float32(z1), at_least_float32(z2)
-            loss, terms = vicreg_loss(gather(z1), gather(z2), config.lam, config.mu, config.nu)
-        return StepOutput(
-            loss,
-            embedding=z1.detach(),
-            representation=at_least_float32(y1.detach()),
-            terms={name: term.detach() for name, term in terms.items()},
-        )
+            loss, terms = vicreg_loss(everyones(z1), everyones(z2), config.lam, config.mu, config.nu, config.hinge)
+        return self.output(loss, (z1, z2), y1, terms)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import resnet18, resnet34, resnet50
 
+from jem.errors import InputError
+
 if TYPE_CHECKING:
     from jem.config import BackboneConfig
 
@@ -51,8 +53,10 @@ class ResNet(Backbone):
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         return cast("Tensor", self.layer4(self.layer3(self.layer2(self.layer1(x)))))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images, float (N, 3, H, W), to the representation, (N, dim): the mean of the last feature map."""
+        if mask is not None:
+            raise InputError("masks need a ViT: a convolution mixes masked and visible pixels; leave out views' mask")
         return torch.flatten(functional.adaptive_avg_pool2d(self.features(images), 1), 1)
 
 

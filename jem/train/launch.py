@@ -302,7 +302,7 @@ def _train(job: Job, news: _News) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // context.get_local_world_size()))
     torch.manual_seed(config.seed)
-    method = build_method(config.method, config.backbone, job.classes)
+    method = build_method(config.method, config.backbone, job.classes, len(job.index))
     state = _restore(job)
     if state is not None:
         news.at(state.step, state.step * config.train.batch_size)

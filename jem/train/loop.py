@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -15,7 +16,7 @@ from jem import distributed
 from jem.batch import Views
 from jem.config import PretrainConfig
 from jem.data.plan import Plan, Position
-from jem.methods.base import Method, StepOutput
+from jem.methods.base import Method, Progress, StepOutput
 from jem.models.backbones import Backbone
 from jem.train.checkpoint import State
 from jem.train.optimizers import build_optimizer, set_rates
@@ -74,12 +75,13 @@ def fit(
             views = next(following)
         lr = learning_rate(step, total=total, peak=peak, warmup=warmup, decay=schedule.decay, final=schedule.final)
         decay = weight_decay(step, total=total, start=config.optimizer.weight_decay, final=schedule.final_weight_decay)
-        set_rates(optimizer, lr, decay)
+        set_rates(optimizer, lr, peak, decay)
         # Whatever a method draws belongs to this step alone, so that a resumed run draws the same.
         torch.manual_seed(_seed(config.seed, epoch, within, distributed.rank()))
-        output = _step(wrapped, method, optimizer, views, config, device)
+        progress = Progress(step, total, epoch, within == 0, config.seed)
+        output = _step(wrapped, method, optimizer, views, config, device, progress)
         done = step + 1
-        method.after_step(done / total)
+        method.after_step(replace(progress, step=done))
 
         last = within + 1 == plan.steps(epoch)
         watch.step(output, train.batch_size, done, {"lr": lr, "weight_decay": decay}, last=last)
@@ -121,10 +123,12 @@ def _step(
     views: Views,
     config: PretrainConfig,
     device: torch.device,
+    progress: Progress,
 ) -> StepOutput:
     """Forward and backward in `train.accumulate` parts, and the optimizer's step; the output is of the last part."""
     train = config.train
     method.train()
+    method.before_step(progress)
     output: StepOutput
     for index, part in enumerate(_split(views, train.accumulate), start=1):
         sums = index < train.accumulate and isinstance(wrapped, DistributedDataParallel)
@@ -132,6 +136,7 @@ def _step(
             with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
                 output = wrapped(part)
             torch.autograd.backward(output.loss / train.accumulate)
+    method.after_backward(progress)
     if train.clip_norm is not None:
         nn.utils.clip_grad_norm_(method.parameters(), train.clip_norm)
     optimizer.step()
@@ -152,9 +157,16 @@ def _split(views: Views, parts: int) -> Iterator[Views]:
     if parts == 1:
         yield views
         return
-    for columns in zip(*(x.chunk(parts) for x in (*views.views, views.id, views.label)), strict=True):
-        *images, ids, labels = columns
-        yield Views(list(images), ids, labels)
+    ids, labels = views.id.chunk(parts), views.label.chunk(parts)
+    images = [view.chunk(parts) for view in views.views]
+    masks = [None if mask is None else mask.chunk(parts) for _, mask in views]
+    for part in range(parts):
+        yield Views(
+            [each[part] for each in images],
+            ids[part],
+            labels[part],
+            [None if each is None else each[part] for each in masks],
+        )
 
 
 def _state(method: Method, optimizer: torch.optim.Optimizer, step: int) -> State:

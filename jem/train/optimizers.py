@@ -7,15 +7,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from jem.config import AdamWConfig, LARSConfig, SGDConfig
+from jem.config import AdamConfig, AdamWConfig, LARSConfig, SGDConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from jem.config import OptimizerConfig
+    from jem.methods.base import Method
 
 
 class LARS(Optimizer):
@@ -95,36 +96,59 @@ class LARS(Optimizer):
         torch._foreach_add_(weights, momenta, alpha=-group["lr"])
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: weights of more than one dimension, and the rest (biases, norms), neither decayed nor LARS-scaled.
+def parameter_groups(method: Method, weight_decay: float, bias_scale: float = 1.0) -> list[dict[str, Any]]:
+    """Groups: weights of more than one dimension, and the rest (biases, norms), neither decayed nor LARS-scaled.
 
-    Each says by `decay` whether a weight decay applies to it.
+    Each says by `decay` whether a weight decay applies to it, by `scheduled` whether its rate follows the schedule
+    (`Method.constant_rate` names those that do not), and by `scale` what its rate is multiplied by.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weights = [parameter for parameter in parameters if parameter.dim() > 1]
-    rest = [parameter for parameter in parameters if parameter.dim() <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": weights, "weight_decay": weight_decay, "decay": True, "adapt": True},
-        {"params": rest, "weight_decay": 0.0, "decay": False, "adapt": False},
-    ]
+    constant = {id(parameter) for module in method.constant_rate() for parameter in module.parameters()}
+    groups: list[dict[str, Any]] = []
+    for scheduled in (True, False):
+        parameters = [p for p in method.parameters() if p.requires_grad and (id(p) not in constant) == scheduled]
+        groups += [
+            {
+                "params": [p for p in parameters if (p.dim() > 1) == decay],
+                "weight_decay": weight_decay if decay else 0.0,
+                "decay": decay,
+                "adapt": decay,
+                "scheduled": scheduled,
+                "scale": 1.0 if decay else bias_scale,
+            }
+            for decay in (True, False)
+        ]
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> Optimizer:
-    """Make the optimizer of `config` for the parameters of `model`, with `lr` in place of the unscaled `config.lr`."""
-    groups = parameter_groups(model, config.weight_decay)
+def build_optimizer(method: Method, config: OptimizerConfig, lr: float) -> Optimizer:
+    """Make the optimizer of `config` for the parameters of `method`, with `lr` in place of the unscaled `config.lr`."""
+    bias_scale = 1.0
+    if isinstance(config, LARSConfig) and config.bias_lr is not None:
+        bias_scale = config.bias_lr / config.lr
+    groups = parameter_groups(method, config.weight_decay, bias_scale)
     match config:
         case LARSConfig():
-            return LARS(groups, lr, momentum=config.momentum, eta=config.eta, clip=config.clip)
+            optimizer: Optimizer = LARS(groups, lr, momentum=config.momentum, eta=config.eta, clip=config.clip)
         case SGDConfig():
-            return SGD(groups, lr, momentum=config.momentum, nesterov=config.nesterov)
+            optimizer = SGD(groups, lr, momentum=config.momentum, nesterov=config.nesterov)
+        case AdamConfig():
+            optimizer = Adam(groups, lr, betas=config.betas)
         case AdamWConfig():
-            return AdamW(groups, lr, betas=config.betas)
+            optimizer = AdamW(groups, lr, betas=config.betas)
+    set_rates(optimizer, lr, lr, config.weight_decay)
+    return optimizer
 
 
-def set_rates(optimizer: Optimizer, lr: float, weight_decay: float) -> None:
-    """Give the learning rate to all groups of `build_optimizer`, and the weight decay to those that are decayed."""
+def set_rates(optimizer: Optimizer, lr: float, peak: float, weight_decay: float) -> None:
+    """Give the rates of a step to the groups of `build_optimizer`.
+
+    Args:
+        optimizer: of `build_optimizer`.
+        lr: the schedule's rate; times the group's `scale`.
+        peak: the schedule's highest rate, for the groups that do not follow it.
+        weight_decay: for those that are decayed.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = (lr if group["scheduled"] else peak) * group["scale"]
         if group["decay"]:
             group["weight_decay"] = weight_decay

@@ -147,7 +147,9 @@ def test_output_is_the_loss_of_the_two_branches_embeddings() -> None:
     given = views()
     out = method(given)
     first, second = method.branches
-    z1, z2 = (branch.expander(branch.backbone(view)) for branch, view in zip((first, second), given.views, strict=True))
+    z1, z2 = (
+        branch.projector(branch.backbone(view)) for branch, view in zip((first, second), given.views, strict=True)
+    )
     loss, terms = vicreg_loss(z1, z2, 25.0, 25.0, 1.0)
     assert torch.equal(out.loss, loss)
     assert torch.equal(out.embedding, z1)
@@ -180,7 +182,7 @@ def test_branches_may_be_of_different_architectures_and_sizes_of_view_and_the_fi
 
 
 def test_expander_is_blocks_of_linear_norm_and_relu_with_a_last_layer_without_bias() -> None:
-    expander = make(expander=(64, 32, 16)).branches[0].expander
+    expander = make(expander=(64, 32, 16)).branches[0].projector
     names = [type(layer).__name__ for layer in expander]
     assert names == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
     assert [layer.weight.shape for layer in expander if isinstance(layer, nn.Linear)] == [(64, 512), (32, 64), (16, 32)]

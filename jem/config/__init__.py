@@ -1,0 +1,123 @@
+"""The schema of everything that can be configured: types, defaults, descriptions, limits.
+
+One model per job (`PretrainConfig`, `EvaluateConfig`, ...). Unknown keys and impossible values are refused. The order
+is defaults < recipe < file < command line; reading those is the work of `pipelines/settings.py`, not this package's.
+"""
+
+from __future__ import annotations
+
+from jem.config.jobs import (
+    DemoConfig,
+    DoctorConfig,
+    EmbedConfig,
+    EncodersListConfig,
+    EncodersPromoteConfig,
+    EncodersPullConfig,
+    EncodersShowConfig,
+    EvaluateConfig,
+    IngestConfig,
+    PretrainConfig,
+    PreviewConfig,
+    RecipesListConfig,
+    RecipesShowConfig,
+)
+from jem.config.methods import (
+    METHODS,
+    JointSettings,
+    MethodConfig,
+    MethodSettings,
+    RegulariseConfig,
+    SupervisedConfig,
+    Traits,
+    VICRegConfig,
+)
+from jem.config.networks import (
+    LIBRARIES,
+    RESNETS,
+    VITS,
+    WAVEFORM,
+    BackboneConfig,
+    MomentumConfig,
+)
+from jem.config.section import (
+    Fraction,
+    NonNegative,
+    Section,
+)
+from jem.config.training import (
+    AdamConfig,
+    AdamWConfig,
+    ClusterConfig,
+    EvaluationSettings,
+    KNNConfig,
+    LARSConfig,
+    OnlineConfig,
+    OptimizerConfig,
+    ProbeConfig,
+    ScheduleConfig,
+    SGDConfig,
+    TrackConfig,
+    TrainConfig,
+)
+from jem.config.views import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    AugmentConfig,
+    BlurConfig,
+    JitterConfig,
+    StreamConfig,
+    ViewConfig,
+)
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "LIBRARIES",
+    "METHODS",
+    "RESNETS",
+    "VITS",
+    "WAVEFORM",
+    "AdamConfig",
+    "AdamWConfig",
+    "AugmentConfig",
+    "BackboneConfig",
+    "BlurConfig",
+    "ClusterConfig",
+    "DemoConfig",
+    "DoctorConfig",
+    "EmbedConfig",
+    "EncodersListConfig",
+    "EncodersPromoteConfig",
+    "EncodersPullConfig",
+    "EncodersShowConfig",
+    "EvaluateConfig",
+    "EvaluationSettings",
+    "Fraction",
+    "IngestConfig",
+    "JitterConfig",
+    "JointSettings",
+    "KNNConfig",
+    "LARSConfig",
+    "MethodConfig",
+    "MethodSettings",
+    "MomentumConfig",
+    "NonNegative",
+    "OnlineConfig",
+    "OptimizerConfig",
+    "PretrainConfig",
+    "PreviewConfig",
+    "ProbeConfig",
+    "RecipesListConfig",
+    "RecipesShowConfig",
+    "RegulariseConfig",
+    "SGDConfig",
+    "ScheduleConfig",
+    "Section",
+    "StreamConfig",
+    "SupervisedConfig",
+    "TrackConfig",
+    "TrainConfig",
+    "Traits",
+    "VICRegConfig",
+    "ViewConfig",
+]

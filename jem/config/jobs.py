@@ -1,0 +1,182 @@
+"""One configuration for each job."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from jem.config.methods import MethodConfig, VICRegConfig
+from jem.config.networks import BackboneConfig
+from jem.config.section import Fraction, Section
+from jem.config.training import (
+    ClusterConfig,
+    EvaluationSettings,
+    LARSConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrackConfig,
+    TrainConfig,
+)
+from jem.config.views import AugmentConfig, StreamConfig
+
+
+class IngestConfig(Section):
+    """Build a data set of Parquet shards from images."""
+
+    source: str = Field(
+        description="class folders, a flat folder, a CSV or JSONL list, Hugging Face Parquet, or WebDataset tars"
+    )
+    dest: str = Field(description="folder or URI of the new data set")
+    format: Literal["auto", "classes", "flat", "list", "parquet", "webdataset"] = Field(
+        "auto", description="what SOURCE is; auto looks"
+    )
+    overwrite: bool = Field(False, description="replace a finished data set at DEST")
+    short_side: PositiveInt | None = Field(None, description="re-encode images whose short side is longer, in pixels")
+    max_rejected: Fraction = Field(0.5, description="fail if more than this share of the images is bad")
+    shard_mb: PositiveFloat = Field(256.0, description="size of a shard in MB, about")
+    row_group_mb: PositiveFloat = Field(8.0, description="size of a row group in MB, about; the unit of reading")
+    row_group_rows: PositiveInt = Field(1000, description="images in a row group, at most")
+    seed: int = Field(0, description="of the order in which images are put into shards")
+    pixel_limit: PositiveInt = StreamConfig.model_fields["pixel_limit"].default
+    cluster: ClusterConfig = ClusterConfig()
+
+
+class PreviewConfig(Section):
+    """A picture of the views that a recipe makes."""
+
+    data: str = Field(description="data set: folder, file or glob of Parquet shards")
+    out: str = Field(description="PNG file to write")
+    images: PositiveInt = Field(8, description="how many images, one per row")
+    limit: PositiveInt | None = None
+    seed: int = 0
+    overwrite: bool = Field(False, description="replace OUT")
+    stream: StreamConfig = StreamConfig()
+    augment: AugmentConfig = AugmentConfig()
+
+
+class PretrainConfig(Section):
+    """Pretrain an encoder without labels, judge it and register it."""
+
+    data: str = Field("", description="training set: folder, file or glob of Parquet shards, local or a URI")
+    test: str | None = Field(None, description="labelled test set; default: none, kNN then on held-out training images")
+    limit: PositiveInt | None = Field(None, description="use only the first so many training images")
+    name: str | None = Field(None, description="name of the run, unique in STORAGE; default: made from method and time")
+    resume: str | None = Field(None, description="go on with the run of this name")
+    storage: str = Field("runs", description="folder or URI that all nodes can write: checkpoints and configuration")
+    seed: int = Field(0, ge=0)
+    stream: StreamConfig = StreamConfig()
+    augment: AugmentConfig = AugmentConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    method: MethodConfig = VICRegConfig()
+    optimizer: OptimizerConfig = LARSConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PretrainConfig:
+        if not self.data and self.resume is None:
+            raise ValueError("data is missing: give a data set with --data, or go on with a run with --resume NAME")
+        batch, workers, accumulate = self.train.batch_size, self.cluster.workers, self.train.accumulate
+        if batch < workers:
+            raise ValueError(
+                f"train.batch_size {batch} is smaller than cluster.workers {workers}: raise it or use fewer workers"
+            )
+        if batch % (workers * accumulate):
+            raise ValueError(
+                f"train.batch_size {batch} does not divide among cluster.workers {workers} "
+                f"x train.accumulate {accumulate}: make it a multiple of {workers * accumulate}"
+            )
+        self.method.check(self)
+        return self
+
+
+class EvaluateConfig(Section):
+    """kNN, linear probe and collapse diagnostics of a registered encoder."""
+
+    encoder: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/encoder, or a folder")
+    data: str = Field(description="labelled training set")
+    test: str = Field(description="labelled test set")
+    limit: PositiveInt | None = Field(None, description="use only the first so many training images")
+    stream: StreamConfig = StreamConfig()
+    evaluation: EvaluationSettings = EvaluationSettings(online=None)
+    cluster: ClusterConfig = ClusterConfig()
+    track: TrackConfig = TrackConfig()
+    seed: int = Field(0, ge=0)
+
+
+class EmbedConfig(Section):
+    """Embed a data set with a registered encoder: Parquet with id, embedding and label."""
+
+    encoder: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/encoder, or a folder")
+    data: str = Field(description="data set: folder, file or glob of Parquet shards")
+    out: str = Field(description="folder or URI for the Parquet files")
+    limit: PositiveInt | None = None
+    overwrite: bool = Field(False, description="replace a finished OUT")
+    batch_size: PositiveInt = 256
+    actors: PositiveInt = Field(1, description="encoder actors; with GPUs, one each")
+    stream: StreamConfig = StreamConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    track: TrackConfig = TrackConfig()
+
+
+class EncodersListConfig(Section):
+    """List the registered encoders."""
+
+    track: TrackConfig = TrackConfig()
+
+
+class EncodersShowConfig(Section):
+    """Show what a registered encoder is and where it comes from."""
+
+    encoder: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/encoder, or a folder")
+    track: TrackConfig = TrackConfig()
+
+
+class EncodersPromoteConfig(Section):
+    """Give an alias to a registered encoder; the version that had it loses it."""
+
+    encoder: str = Field(description="models:/NAME/VERSION or models:/NAME@ALIAS")
+    alias: str = Field(description="such as champion")
+    track: TrackConfig = TrackConfig()
+
+
+class EncodersPullConfig(Section):
+    """Copy an encoder's files to a folder."""
+
+    encoder: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, or runs:/ID/encoder")
+    dest: str = Field(description="folder to make")
+    overwrite: bool = Field(False, description="replace the encoder at DEST")
+    track: TrackConfig = TrackConfig()
+
+
+class DemoConfig(Section):
+    """The main job, offline, on scikit-learn's handwritten digits."""
+
+    out: str = Field("demo", description="folder for the data set, the runs and the embeddings")
+    epochs: PositiveInt = 10
+    workers: PositiveInt = 2
+    seed: int = Field(0, ge=0)
+    track: TrackConfig = TrackConfig(experiment="jem-demo", register_as="demo-digits", alias="champion")
+
+
+class DoctorConfig(Section):
+    """Versions, devices, decoders, Ray, MLflow, storage: what works, and what to do about the rest."""
+
+    storage: str = Field("runs", description="folder or URI that all nodes can write, to be tested")
+    deadline: PositiveFloat = Field(60.0, description="seconds that Ray, and that MLflow, may take to answer")
+    cluster: ClusterConfig = ClusterConfig()
+    track: TrackConfig = TrackConfig()
+
+
+class RecipesListConfig(Section):
+    """The recipes that ship with jem."""
+
+
+class RecipesShowConfig(Section):
+    """The YAML of a recipe."""
+
+    name: str = Field(description="name of the recipe")
