@@ -50,8 +50,13 @@ class ResNet(Backbone):
 
     def features(self, images: Tensor) -> Tensor:
         """Images, float (N, 3, H, W), to the last feature map, (N, dim, h, w); h is H / 32 with the ImageNet stem."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        return cast("Tensor", self.layer4(self.layer3(self.layer2(self.layer1(x)))))
+        return self.stages(images)[-1]
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """Images, float (N, 3, H, W), to the feature maps of the last two stages, the last one's last."""
+        x = self.layer2(self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(images))))))
+        third = self.layer3(x)
+        return [third, self.layer4(third)]
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images, float (N, 3, H, W), to the representation, (N, dim): the mean of the last feature map."""

@@ -39,6 +39,16 @@ def test_stem_says_how_fine_the_last_feature_map_is(stem: str, side: int) -> Non
     torch.testing.assert_close(backbone(images), features.mean(dim=(2, 3)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "width"), [("resnet18", 256), ("resnet50", 1024)])
+def test_the_maps_of_the_last_two_stages_are_at_hand(name: str, width: int) -> None:
+    backbone = make(name=name, stem="stride2").eval()
+    images = torch.randn(2, 3, 32, 32)
+    third, last = backbone.stages(images)
+    assert (third.shape, last.shape) == ((2, width, 4, 4), (2, 2 * width, 2, 2))
+    assert torch.equal(last, backbone.layer4(third))
+    assert torch.equal(last, backbone.features(images))
+
+
 @pytest.mark.parametrize(("stem", "stride"), [("stride2", 2), ("cifar", 1)])
 def test_small_stems_are_one_convolution_of_three_drawn_as_torchvisions(stem: str, stride: int) -> None:
     conv = make(stem=stem).conv1
