@@ -37,10 +37,6 @@ from pipelines.settings import dump_config
 
 PREVIEW_IMAGES = 6
 CURVES = ("train/", "health/", "online/")
-SMALL_BATCH = 64
-"""Below it VICReg's variance and covariance are noise (the paper's smallest batch is 128)."""
-
-
 @dataclass(frozen=True)
 class PretrainResult:
     """A finished pretraining."""
@@ -192,8 +188,9 @@ def _announce(config: PretrainConfig, data: _Data, name: str, cluster: str, *, g
         f"({config.schedule.scale_lr}) by batch {train.batch_size} / 256",
         flush=True,
     )
-    if config.method.name == "vicreg" and train.batch_size < SMALL_BATCH:
-        print(f"  warning: batch {train.batch_size} is small for VICReg's statistics: take {SMALL_BATCH} or more")
+    traits = config.method.traits
+    if train.batch_size < traits.bears:
+        print(f"  warning: batch {train.batch_size} is small for {traits.title}: take {traits.bears} or more", flush=True)
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ def fit(
         optimizer.load_state_dict(state.optimizer)
         first = state.step
 
-    watch = Watch(train, reporter, first)
+    watch = Watch(train, reporter, first, scaled=method.config.traits.scaled)
     following = source(plan.position(first))
     for step in range(first, total):
         epoch, within = plan.position(step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -40,10 +41,16 @@ class Watch:
     """Measures the steps of one worker, and tells the reporter every `log_every` steps.
 
     Numbers stay on the device until they are told, so that no step waits for them.
+
+    Args:
+        config: how often it tells and examines.
+        reporter: whom it tells.
+        step: steps done so far.
+        scaled: whether the loss holds the embedding to a scale, so that a small one is a collapse.
     """
 
-    def __init__(self, config: TrainConfig, reporter: Reporter, step: int) -> None:
-        self._config, self._reporter = config, reporter
+    def __init__(self, config: TrainConfig, reporter: Reporter, step: int, *, scaled: bool) -> None:
+        self._config, self._reporter, self._scaled = config, reporter, scaled
         self._told = step
         self._images, self._waited, self._began = 0, 0.0, time.monotonic()
         self._first_bad: Tensor | None = None
@@ -77,7 +84,7 @@ class Watch:
                 dict(zip(self._names, distributed.all_reduce_mean(self._values).tolist(), strict=True)) | rates, step
             )
         if sick or last:
-            self._examine(output.embedding, step)
+            self._examine(output, step)
 
     def _note_terms(self, output: StepOutput, step: int) -> None:
         self._names = ["loss", *output.terms]
@@ -118,10 +125,17 @@ class Watch:
         self._images, self._waited, self._began = 0, 0.0, time.monotonic()
         self.last = values | rates
 
-    def _examine(self, embedding: Tensor, step: int) -> None:
-        self.health = embedding_health(distributed.gather(embedding.detach().float()))
-        found = verdict(self.health)
-        self._reporter.metrics({f"health/{name}": getattr(self.health, name) for name in HEALTH}, step)
+    def _examine(self, output: StepOutput, step: int) -> None:
+        """Both are looked at: a batch norm at the head's end keeps a collapsed embedding's scale up."""
+        self.health = embedding_health(distributed.gather(output.embedding.detach().float()))
+        kept = embedding_health(distributed.gather(output.representation.detach().float()))
+        found = verdict(self.health, absolute=self._scaled)
+        if not found.kind:
+            below = verdict(kept, absolute=False)
+            found = replace(below, words=f"the representation is {below.words}") if below.kind else found
+        values = {f"health/{name}": getattr(self.health, name) for name in HEALTH}
+        values |= {f"health/representation_{name}": getattr(kept, name) for name in HEALTH}
+        self._reporter.metrics(values, step)
         if found.kind != (self.verdict.kind if self.verdict is not None else 0):
             self._reporter.say(f"step {step}: {found.words}")
         self.verdict = found

@@ -32,6 +32,8 @@ class Traits:
     """one: exactly one view; two: exactly two; many: two global ones and any number of local ones (multi-crop)."""
     scaled: bool = False
     """The loss holds the embedding to a scale (a standard deviation of 1), so a small one is a collapse."""
+    bears: int = 2
+    """The smallest global batch that it is known to do well with; below it a run begins with a warning."""
 
 
 class MethodSettings(Section):

@@ -23,6 +23,7 @@ class VICRegConfig(MethodSettings):
         prevents="variance and covariance terms",
         paper="Bardes, Ponce, LeCun, 2022, arXiv 2105.04906",
         scaled=True,
+        bears=64,
     )
     name: Literal["vicreg"] = "vicreg"
     lam: NonNegative = Field(25.0, description="lambda, weight of the invariance term")
