@@ -53,6 +53,7 @@ JOBS = (
     Job("encoders show", "pipelines.encoders:show_encoder", "EncodersShowConfig", ("encoder",)),
     Job("encoders promote", "pipelines.encoders:promote_encoder", "EncodersPromoteConfig", ("encoder", "alias")),
     Job("encoders pull", "pipelines.encoders:pull_encoder", "EncodersPullConfig", ("encoder", "dest")),
+    Job("methods", "pipelines.methods:list_methods", "MethodsConfig"),
     Job("recipes list", "pipelines.command:list_recipes", "RecipesListConfig"),
     Job("recipes show", "pipelines.command:show_recipe", "RecipesShowConfig", ("name",)),
     Job("doctor", "pipelines.doctor:doctor", "DoctorConfig"),

@@ -172,6 +172,12 @@ class DoctorConfig(Section):
     track: TrackConfig = TrackConfig()
 
 
+class MethodsConfig(Section):
+    """The methods: family, what keeps each from collapsing, what it needs, paper."""
+
+    markdown: bool = Field(False, description="print a Markdown table")
+
+
 class RecipesListConfig(Section):
     """The recipes that ship with jem."""
 
