@@ -67,4 +67,8 @@ class ResNet(Backbone):
 
 def build_backbone(config: BackboneConfig) -> Backbone:
     """Make the backbone of `config`, its weights drawn from torch's global generator."""
+    if config.is_vit:
+        from jem.models.vit import ViT  # which is a Backbone
+
+        return ViT(config)
     return ResNet(config)
