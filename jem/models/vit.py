@@ -172,7 +172,7 @@ class ViT(Backbone):
         x = x + positions(height // self.patch, width // self.patch, self.dim, x.device).to(self.class_token.dtype)
         if self.mask_token is None and mask is not None:
             x = torch.take_along_dim(x, _visible(mask)[:, :, None], dim=1)
-        return torch.cat([self.class_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        return torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
 
 
 def _visible(mask: Tensor) -> Tensor:
