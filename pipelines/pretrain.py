@@ -37,6 +37,8 @@ from pipelines.settings import dump_config
 
 PREVIEW_IMAGES = 6
 CURVES = ("train/", "health/", "online/")
+
+
 @dataclass(frozen=True)
 class PretrainResult:
     """A finished pretraining."""
@@ -190,7 +192,9 @@ def _announce(config: PretrainConfig, data: _Data, name: str, cluster: str, *, g
     )
     traits = config.method.traits
     if train.batch_size < traits.bears:
-        print(f"  warning: batch {train.batch_size} is small for {traits.title}: take {traits.bears} or more", flush=True)
+        print(
+            f"  warning: batch {train.batch_size} is small for {traits.title}: take {traits.bears} or more", flush=True
+        )
 
 
 @contextlib.contextmanager
@@ -252,7 +256,8 @@ def _register(
     job: Job, encoder: Encoder, pretrained: dict[str, float], untrained: dict[str, float], collapse: int, verdict: str
 ) -> str:
     config = job.config
-    name = config.track.register_as or f"{config.method.name}-{config.backbone.name}"
+    # the registry takes no colon, which a library's backbone has
+    name = config.track.register_as or f"{config.method.name}-{config.backbone.name}".replace(":", "-")
     settings = stripped(config.model_dump(mode="json"))
     info = EncoderInfo(method=config.method.name, data=config.data, metrics=pretrained, config=settings)
     tags = {"run": job.name, "collapse": str(collapse), "verdict": verdict}

@@ -1,4 +1,4 @@
-"""What the watch says of an embedding depends on what the method's loss holds it to, and on the representation below."""
+"""What the watch says of an embedding: by what the loss holds it to, and by the representation below it."""
 
 from __future__ import annotations
 
