@@ -8,7 +8,7 @@ the whole batch. Where no process group is initialised, or of one worker, everyt
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def world() -> int:
@@ -166,12 +168,24 @@ class _Normalise(Function):
         return (grad_x, None, None, None, *affine, None)
 
 
+_LOCAL = "local_batch_norm"
+
+
+def keep_batch_norm_local(module: Module) -> Module:
+    """Let `convert_sync_batchnorm` pass over `module` and all in it, such as a key network with shuffled batch norm."""
+    setattr(module, _LOCAL, True)
+    return module
+
+
 def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """Let every batch norm in `module` take its statistics over the global batch.
 
     Call it once the module is on its device: torch's own class is used on CUDA, ours elsewhere. Parameters, buffers and
-    the state dictionary's names stay. Returns the module, changed in place (a batch norm itself is replaced).
+    the state dictionary's names stay. Returns the module, changed in place (a batch norm itself is replaced). What
+    `keep_batch_norm_local` marked is left as it is.
     """
+    if getattr(module, _LOCAL, False):
+        return module
     if isinstance(module, _BatchNorm):
         tensor = module.weight if module.affine else module.running_mean
         if tensor is not None and tensor.is_cuda:

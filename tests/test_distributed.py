@@ -17,6 +17,7 @@ from jem.distributed import (
     all_reduce_sum,
     convert_sync_batchnorm,
     gather,
+    keep_batch_norm_local,
     rank,
     world,
 )
@@ -165,6 +166,30 @@ def test_conversion_keeps_parameters_buffers_and_the_rest() -> None:
     assert isinstance(model["inner"][1], SyncBatchNorm)
     assert [module.training for module in (model["inner"][1], model["norm"])] == [True, False]
     assert isinstance(convert_sync_batchnorm(nn.BatchNorm2d(3)), SyncBatchNorm)
+
+
+class OnGPU(nn.Parameter):
+    """A weight that says that it is on a GPU, which decides who converts its batch norm."""
+
+    is_cuda = True
+
+
+def norm(weight: type[nn.Parameter]) -> nn.BatchNorm1d:
+    layer = nn.BatchNorm1d(4)
+    layer.weight = weight(layer.weight.detach())
+    return layer
+
+
+@pytest.mark.parametrize(("weight", "converted"), [(nn.Parameter, SyncBatchNorm), (OnGPU, nn.SyncBatchNorm)])
+def test_conversion_passes_over_what_is_kept_local(weight: type[nn.Parameter], converted: type[nn.Module]) -> None:
+    key = nn.Sequential(nn.Sequential(norm(weight)), norm(weight))
+    model = nn.ModuleDict({"query": nn.Sequential(norm(weight)), "key": key})
+    assert keep_batch_norm_local(key) is key
+    convert_sync_batchnorm(model)
+    assert type(model["query"][0]) is converted
+    assert {type(key[0][0]), type(key[1])} == {nn.BatchNorm1d}
+    lone = keep_batch_norm_local(norm(weight))
+    assert convert_sync_batchnorm(lone) is lone
 
 
 def test_batch_norm_refuses_one_dimension() -> None:
