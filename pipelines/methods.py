@@ -14,7 +14,7 @@ HEADER = ("method", "title", "family", "prevents collapse by", "needs", "paper")
 
 def list_methods(config: MethodsConfig) -> list[tuple[str, ...]]:
     """Print the table of methods."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             name,
             settings.traits.title,

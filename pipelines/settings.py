@@ -27,7 +27,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from jem.config import PretrainConfig, Section
+from jem.config import METHODS, PretrainConfig, Section
 from jem.errors import InputError
 from pipelines.complaints import Layer, complaints, models_of, unknown
 
@@ -48,6 +48,8 @@ def load_config(schema: type[C], argv: Sequence[str], *, prog: str = "jem", posi
         InputError: an unknown recipe, file, option or key, or a value that the schema refuses; one line each.
         SystemExit: status 0, after `--help`.
     """
+    if "-h" in argv or "--help" in argv:
+        show_help(schema, argv, prog=prog, positional=positional)
     line = read_command_line(schema, argv, prog=prog, positional=positional)
     layers = [("", defaults_of(schema))]
     if (recipe := line.pop("recipe", None)) is not None:
@@ -162,6 +164,32 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} ({self.prog} --help lists the options)")
 
 
+def show_help(schema: type[BaseModel], argv: Sequence[str], *, prog: str, positional: Sequence[str]) -> NoReturn:
+    """Print a job's settings; of the methods' only those of the one that `argv` chooses, by its name or a recipe."""
+    method = None
+    if "method" in schema.model_fields:
+        parser = _Parser(prog=prog, add_help=False, allow_abbrev=False)
+        for option in ("--method.name", "--recipe", "--config"):
+            parser.add_argument(option, dest=option)
+        given = vars(parser.parse_known_args(list(argv))[0])
+        chosen = schema.model_fields["method"].default.name
+        for option, read in (("--recipe", read_recipe), ("--config", lambda file: read_yaml(Path(file)))):
+            if given[option] is not None:
+                chosen = read(given[option]).get("method", {}).get("name", chosen)
+        chosen = given["--method.name"] or chosen
+        method = METHODS.get(chosen)
+    if method is not None:
+        narrowed: dict[str, Any] = {"method": (method, FieldInfo(default=method(name=chosen)))}
+        doc = schema.__doc__
+        schema = create_model(schema.__name__, __base__=schema, **narrowed)
+        schema.__doc__ = (
+            f"{doc}\n\nThe method's settings are those of {chosen}; --method.name NAME --help or --recipe NAME "
+            "--help\nshows another's, `jem methods` lists them."
+        )
+    _parser(schema, prog, positional)[0].print_help()
+    raise SystemExit(0)
+
+
 def read_command_line(schema: type[BaseModel], argv: Sequence[str], *, prog: str, positional: Sequence[str]) -> Layer:
     """What the command line gave, as nested settings, with `recipe` and `config` among them."""
     parser, source = _parser(schema, prog, positional)
@@ -246,20 +274,27 @@ def _parser(
     return parser, source
 
 
-def _help(schema: type[BaseModel], path: str) -> str:
-    """Description and default of a setting; of each member that has it, where its section is a union."""
+def _holders(schema: type[BaseModel], sections: Sequence[str]) -> list[tuple[str, type[BaseModel], Any]]:
+    """The models that a path of sections leads to: the union's member it is of, the model, and its default."""
     holders: list[tuple[str, type[BaseModel], Any]] = [("", schema, None)]
-    *sections, name = path.split(".")
     for section in sections:
         inner = []
-        for _, model, default in holders:
-            field = model.model_fields[section]
+        for outer, model, default in holders:
+            if (field := model.model_fields.get(section)) is None:
+                continue
             value = getattr(default, section) if default is not None else field.default
             models = models_of(field.annotation)
             for member in models:
-                tag = str(member.model_fields["name"].default) if len(models) > 1 else ""
+                tag = str(member.model_fields["name"].default) if len(models) > 1 else outer
                 inner.append((tag, member, value if isinstance(value, member) else None))
         holders = inner
+    return holders
+
+
+def _help(schema: type[BaseModel], path: str) -> str:
+    """Description and default of a setting; of each member that has it, where its section is a union."""
+    *sections, name = path.split(".")
+    holders = _holders(schema, sections)
     texts: dict[str, None] = {}
     defaults: dict[str, str] = {}
     for tag, model, default in holders:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -53,8 +54,10 @@ class BackboneConfig(Section):
     @model_validator(mode="after")
     def _known(self) -> BackboneConfig:
         if not (self.name in (*RESNETS, *VITS, WAVEFORM) or self.name.startswith(LIBRARIES)):
-            known = ", ".join((*RESNETS, *VITS, WAVEFORM))
-            raise ValueError(f"name {self.name!r} is not a backbone: take {known}, torchvision:NAME or timm:NAME")
+            known = (*RESNETS, *VITS, WAVEFORM)
+            near = difflib.get_close_matches(self.name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"take {', '.join(known)}, torchvision:NAME or timm:NAME"
+            raise ValueError(f"name {self.name!r} is not a backbone: {hint}")
         fields = type(self).model_fields
         settings = {"stem": RESNETS, "zero_init": (*RESNETS, WAVEFORM), "width": (*RESNETS, WAVEFORM)}
         settings |= dict.fromkeys(("patch", "pool", "masked", "drop_path"), VITS)

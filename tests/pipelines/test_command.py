@@ -128,7 +128,7 @@ def test_positional_arguments_and_flags():
         (["--augment.views", '[{"sise": 3}]'], "augment.views.0.sise: did you mean augment.views.0.size?"),
         (["--augment.views", '[{"count": 2, "jitter": {"heu": 0}}]'], "did you mean augment.views.0.jitter.hue?"),
         (["--train.batch_size", "-3"], "train.batch_size '-3': input should be greater than 0"),
-        (["--backbone.name", "resnet19"], "backbone.name 'resnet19': input should be 'resnet18', "),
+        (["--backbone.name", "resnet19"], "backbone: name 'resnet19' is not a backbone: did you mean resnet18?"),
         (["--method.branches", "seperate"], "method.branches 'seperate': input should be 'shared' or 'separate'"),
         (["--cluster.workers", "300"], "train.batch_size 256 is smaller than cluster.workers 300"),
         (["--recipe", "vicreg-cifar"], "unknown recipe 'vicreg-cifar': did you mean vicreg-cifar10"),
@@ -300,9 +300,21 @@ def test_help_gives_each_setting_its_description_and_default(capsys: pytest.Capt
     main(["pretrain", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "--train.batch_size int global: all workers together (default: 256)" in said
-    assert "--optimizer.lr float base rate for a global batch of 256 (lars: 0.3, sgd: 0.06, adamw: 0.001)" in said
-    assert "--method.name {supervised,vicreg} (default: vicreg)" in said
+    assert "--optimizer.lr float base rate for a global batch of 256 (lars: 0.3, sgd: 0.06, adam: 0.001, adamw: 0.001)" in said
+    assert "--method.mu float mu, weight of the variance term; 0 collapses (default: 25.0)" in said
     assert "From Parquet shards to uint8 batches." in said
+
+
+@pytest.mark.parametrize("chosen", [["--method.name", "supervised"], ["--config", "FILE"]])
+def test_help_shows_the_settings_of_the_method_that_is_chosen(
+    chosen: list[str], write: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+):
+    file = write("method: {name: supervised}\n")
+    assert main(["pretrain", *(word.replace("FILE", file) for word in chosen), "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "--method.label_smoothing" in said
+    assert "--method.mu" not in said
+    assert "settings are those of supervised" in said
 
 
 def test_version(capsys: pytest.CaptureFixture[str]):
