@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
+from jem.models.vit import Block
+
 if TYPE_CHECKING:
     from jem.config import MomentumConfig
 
@@ -16,8 +18,11 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def momentum_copy(online: Network) -> Network:
-    """A copy of `online` with the same weights, which no optimizer moves."""
+    """A copy of `online` with the same weights, which no optimizer moves; it leaves no block out (drop_path 0)."""
     target = copy.deepcopy(online)
+    for module in target.modules():
+        if isinstance(module, Block):
+            module.drop_path = 0.0
     for parameter in target.parameters():
         parameter.requires_grad_(False)
     return target
