@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean over the labelled images; logits (N, K), labels int64 (N,), -1 where there is none, to a scalar."""
-    return functional.cross_entropy(logits, labels, ignore_index=-1, label_smoothing=label_smoothing)
+    """Mean over the labelled images, 0 if there is none; logits (N, K), labels int64 (N,), -1 for no label."""
+    total = functional.cross_entropy(logits, labels, ignore_index=-1, label_smoothing=label_smoothing, reduction="sum")
+    return total / (labels >= 0).sum().clamp(min=1)
 
 
 class Supervised(Method):
@@ -48,5 +49,5 @@ class Supervised(Method):
             loss = torch.stack(losses).mean()
         labelled = labels >= 0
         right = (every[0].argmax(dim=1) == labels) & labelled
-        terms = {"cross_entropy": loss, "accuracy": right.sum() / labelled.sum()}
+        terms = {"cross_entropy": loss, "accuracy": right.sum() / labelled.sum().clamp(min=1)}
         return self.output(loss, logits, representations[0], terms)
