@@ -260,8 +260,7 @@ def _rebuild(architecture: BackboneConfig, weights: dict[str, Tensor]) -> nn.Mod
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as error:
-        network = f"{architecture.name} ({architecture.stem} stem)"
-        detail = " ".join(str(error).partition(":")[2].split())[:120]
+        network, detail = architecture.in_words, " ".join(str(error).partition(":")[2].split())[:120]
         raise InputError(f"these are not the weights of {network}: {detail}; give the bare backbone") from error
     return backbone
 

@@ -50,7 +50,7 @@ def show_encoder(config: EncodersShowConfig) -> EncoderManifest:
     facts |= {
         "method": manifest.info.method,
         "data": manifest.info.data,
-        "backbone": f"{manifest.architecture.name}, {manifest.architecture.stem} stem",
+        "backbone": manifest.architecture.in_words,
         "dimensions": manifest.dimensions,
         "input": f"{manifest.input_size} x {manifest.input_size} pixels, mean {manifest.mean}, std {manifest.std}",
         **{key: f"{value:.6g}" for key, value in manifest.info.metrics.items()},

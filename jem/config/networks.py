@@ -51,6 +51,14 @@ class BackboneConfig(Section):
         """Whether it has patches, which can be masked."""
         return self.name in VITS
 
+    @property
+    def in_words(self) -> str:
+        """Name and what else tells such networks apart, in a few words."""
+        wide = f" x{self.width}" if self.width > 1 else ""
+        if self.name in RESNETS:
+            return f"{self.name}{wide}, {self.stem} stem"
+        return f"{self.name}, patch {self.patch}" if self.is_vit else f"{self.name}{wide}"
+
     @model_validator(mode="after")
     def _known(self) -> BackboneConfig:
         if not (self.name in (*RESNETS, *VITS, WAVEFORM) or self.name.startswith(LIBRARIES)):

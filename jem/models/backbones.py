@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.models import resnet18, resnet34, resnet50
+from torchvision import models
 
+from jem.config.networks import WAVEFORM
 from jem.errors import InputError
 
 if TYPE_CHECKING:
     from jem.config import BackboneConfig
 
-_BUILDERS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}
-
 
 class Backbone(nn.Module):
-    """A network from images, float (N, 3, H, W), to the representation, (N, dim)."""
+    """A network from images, float (N, 3, H, W), to the representation, (N, dim).
+
+    That of `resnet18_1d` takes waveforms, float (N, 1, L), in place of images. A mask of patches, bool (N, patches), is
+    for a `ViT`; the others refuse it.
+    """
 
     config: BackboneConfig
     """What it was built from."""
@@ -34,13 +37,16 @@ class ResNet(Backbone):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        network = _BUILDERS[config.name](weights=None, zero_init_residual=config.zero_init)
+        network = models.get_model(config.name, weights=None, zero_init_residual=config.zero_init)
+        if config.width > 1:
+            widen(network, config.width, zero_init=config.zero_init)
         self.config = config
-        self.dim = network.fc.in_features
+        self.dim = network.fc.in_features * config.width
         self.conv1: nn.Module = network.conv1
         self.maxpool: nn.Module = network.maxpool
         if config.stem != "imagenet":
-            self.conv1 = nn.Conv2d(3, 64, 3, stride=2 if config.stem == "stride2" else 1, padding=1, bias=False)
+            stride = 2 if config.stem == "stride2" else 1
+            self.conv1 = nn.Conv2d(3, 64 * config.width, 3, stride=stride, padding=1, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
             self.maxpool = nn.Identity()
         self.bn1 = network.bn1
@@ -60,15 +66,54 @@ class ResNet(Backbone):
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images, float (N, 3, H, W), to the representation, (N, dim): the mean of the last feature map."""
-        if mask is not None:
-            raise InputError("masks need a ViT: a convolution mixes masked and visible pixels; leave out views' mask")
+        refuse_mask(mask)
         return torch.flatten(functional.adaptive_avg_pool2d(self.features(images), 1), 1)
+
+
+def refuse_mask(mask: Tensor | None) -> None:
+    """Raise InputError if there is a mask: the backbone has no patches of its own that could be hidden."""
+    if mask is not None:
+        raise InputError(
+            "masks need a ViT: a convolution mixes masked and visible pixels; leave out the views' mask, or take "
+            "vit_tiny, vit_small or vit_base"
+        )
+
+
+def widen(network: nn.Module, factor: int, *, zero_init: bool) -> None:
+    """Multiply all channels but the images' in torchvision's ResNet `network` by `factor`, drawing its weights anew."""
+    for module in list(network.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.Conv2d):
+                inputs = layer.in_channels * (1 if layer is network.conv1 else factor)
+                shape = {"kernel_size": layer.kernel_size, "stride": layer.stride, "padding": layer.padding}
+                wide: nn.Module = nn.Conv2d(inputs, layer.out_channels * factor, bias=False, **shape)  # type: ignore[arg-type]
+            elif isinstance(layer, nn.BatchNorm2d):
+                wide = nn.BatchNorm2d(layer.num_features * factor)
+            else:
+                continue
+            setattr(module, name, wide)
+    initialise(network, zero_init=zero_init)
+
+
+def initialise(network: nn.Module, *, zero_init: bool) -> None:
+    """Draw a ResNet's weights as torchvision does; `zero_init`: its blocks begin as the identity."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if zero_init and isinstance(module, models.resnet.BasicBlock | models.resnet.Bottleneck):
+            last = module.bn2 if isinstance(module, models.resnet.BasicBlock) else module.bn3
+            nn.init.zeros_(last.weight)
 
 
 def build_backbone(config: BackboneConfig) -> Backbone:
     """Make the backbone of `config`, its weights drawn from torch's global generator."""
-    if config.is_vit:
-        from jem.models.vit import ViT  # which is a Backbone
+    # the others are made of what is above
+    from jem.models.library import LibraryNetwork
+    from jem.models.vit import ViT
+    from jem.models.waveform import WaveformResNet
 
+    if config.is_vit:
         return ViT(config)
-    return ResNet(config)
+    if config.name == WAVEFORM:
+        return WaveformResNet(config)
+    return ResNet(config) if config.is_resnet else LibraryNetwork(config)

@@ -41,6 +41,16 @@ def positions(height: int, width: int, dim: int, device: torch.device | None = N
     return torch.cat([columns, rows], dim=2).flatten(0, 1)
 
 
+def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(c)) v; (N, heads, T, c) each, to the same shape."""
+    if queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
+        # forward and backward of 17 tokens in 27 us for an image, where the fused operation takes 194; of 197, 588
+        # and 1925 (one core; in float32 they are alike)
+        scores = queries @ keys.transpose(2, 3) / math.sqrt(queries.shape[3])
+        return scores.softmax(dim=3).to(values.dtype) @ values
+    return functional.scaled_dot_product_attention(queries, keys, values)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: attention and a two-layer MLP, each added to its input.
 
@@ -67,7 +77,7 @@ class Block(nn.Module):
 
     def _attention(self, x: Tensor) -> Tensor:
         queries, keys, values = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = functional.scaled_dot_product_attention(queries, keys, values)
+        mixed = attention(queries, keys, values)
         return cast("Tensor", self.out(mixed.transpose(1, 2).flatten(2)))
 
     def _path(self, x: Tensor) -> Tensor:

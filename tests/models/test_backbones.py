@@ -8,6 +8,7 @@ import torchvision
 from torch import nn
 
 from jem.config import BackboneConfig
+from jem.errors import InputError
 from jem.models.backbones import build_backbone
 
 
@@ -16,7 +17,10 @@ def make(**settings: object):
     return build_backbone(BackboneConfig(**settings))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+WIDTHS = {"resnet18": 512, "resnet34": 512} | dict.fromkeys(("resnet50", "resnet101", "wide_resnet50_2"), 2048)
+
+
+@pytest.mark.parametrize("name", WIDTHS)
 def test_with_the_imagenet_stem_it_is_torchvisions(name: str) -> None:
     backbone = make(name=name).eval()
     reference = getattr(torchvision.models, name)(weights=None).eval()
@@ -24,10 +28,38 @@ def test_with_the_imagenet_stem_it_is_torchvisions(name: str) -> None:
     assert missing.missing_keys == ["fc.weight", "fc.bias"]
     assert missing.unexpected_keys == []
     reference.fc = nn.Identity()
-    images = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(backbone(images), reference(images), rtol=1e-5, atol=1e-6)
     assert backbone(images).shape == (2, backbone.dim)
-    assert backbone.dim == {"resnet18": 512, "resnet34": 512, "resnet50": 2048}[name]
+    assert backbone.dim == WIDTHS[name]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_width_multiplies_all_channels_but_the_images(name: str, stem: str) -> None:
+    with torch.device("meta"):
+        plain, wide = make(name=name, stem=stem), make(name=name, stem=stem, width=2)
+    assert wide.dim == 2 * plain.dim
+    shapes = {key: value.shape for key, value in plain.state_dict().items()}
+    for key, value in wide.state_dict().items():
+        doubled = [2 * side for side in shapes[key][:2]] + list(shapes[key][2:])
+        if key == "conv1.weight":
+            doubled[1] = 3
+        assert list(value.shape) == doubled, key
+    assert wide(torch.randn(2, 3, 32, 32, device="meta")).shape == (2, 2 * plain.dim)
+
+
+@pytest.mark.parametrize("zero_init", [True, False])
+def test_a_wide_network_is_drawn_as_torchvisions(zero_init: bool) -> None:
+    wide = make(name="resnet50", width=2, zero_init=zero_init)
+    conv = wide.layer2[0].conv2.weight
+    assert conv.std().item() == pytest.approx((2 / (conv.shape[0] * 9)) ** 0.5, rel=0.05)
+    assert {block.bn3.weight.abs().sum().item() == 0 for block in wide.layer1} == {zero_init}
+
+
+def test_a_mask_is_refused_with_the_reason() -> None:
+    with pytest.raises(InputError, match="masks need a ViT: a convolution mixes"):
+        make()(torch.randn(2, 3, 32, 32), torch.zeros(2, 4, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(("stem", "side"), [("imagenet", 1), ("stride2", 2), ("cifar", 4)])
