@@ -55,9 +55,9 @@ def workers() -> list[dict[str, dict[str, Any]]]:
     return run_on(2, train_all, deadline=600.0)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
+def relative(found: Tensor, expected: Tensor, least: float = 1e-300) -> float:
     found, expected = found.double(), expected.double()
-    return ((found - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+    return ((found - expected).norm() / expected.norm().clamp_min(least)).item()
 
 
 @pytest.mark.timeout(600)
@@ -70,7 +70,8 @@ def test_two_workers_are_one_process_with_the_whole_batch(workers: list[dict[str
             assert expected.norm() > 0, f"{parameter} has no gradient to compare"
         assert relative(results[0]["gradient"][parameter], expected) < 1e-10, parameter
     for key, expected in one["state"].items():
-        assert relative(results[0]["state"][key], expected) < 1e-10, key
+        # a running mean of what a norm has centred is 0 but for rounding
+        assert relative(results[0]["state"][key], expected, least=1e-4) < 1e-10, key
     for two in results:
         assert two["unlike"] == []
         assert two["losses"] == pytest.approx(one["losses"], rel=1e-10)
