@@ -9,13 +9,40 @@ import torch
 from torch import Tensor
 
 from jem.batch import Views
-from jem.config import BackboneConfig, MethodSettings, SupervisedConfig, VICRegConfig
+from jem.config import (
+    BackboneConfig,
+    BarlowConfig,
+    BYOLConfig,
+    Data2vecConfig,
+    DeepClusterConfig,
+    DenoisingConfig,
+    DINOConfig,
+    DirectPredConfig,
+    JigsawConfig,
+    MarginConfig,
+    MethodSettings,
+    MoCoConfig,
+    MoCoV3Config,
+    MomentumConfig,
+    OBoWConfig,
+    PIRLConfig,
+    RegulariseConfig,
+    RotationConfig,
+    SimCLRConfig,
+    SimSiamConfig,
+    SupervisedConfig,
+    SwAVConfig,
+    TripletConfig,
+    VICRegConfig,
+    WMSEConfig,
+)
 from jem.distributed import rank, world
 from jem.methods import Method, Progress, build_method
 
 # zero_init would leave most of the gradient zero at the first step
 CIFAR = BackboneConfig(stem="cifar", zero_init=False)
 STRIDE = BackboneConfig(stem="stride2", zero_init=False)
+TOKENS = BackboneConfig(name="vit_tiny", patch=4, masked="token", pool="mean")
 BATCH, SIDE, LOCAL_SIDE, STEPS, CLASSES = 12, 8, 6, 3, 4
 
 
@@ -95,5 +122,89 @@ CASES: dict[str, Case] = {
     "vicreg, separate branches": Case(VICRegConfig(expander=(16, 8), branches="separate")),
     "vicreg, two architectures": Case(VICRegConfig(expander=(16, 8), branches=(STRIDE, CIFAR))),
     "vicreg, hinge on the variance": Case(VICRegConfig(expander=(16, 8), hinge="variance")),
+    "barlow": Case(BarlowConfig(projector=(16, 8), scale=0.1)),
+    "barlow, with variance and covariance terms": Case(
+        BarlowConfig(projector=(16, 8), regularise=RegulariseConfig(mu=2.0, nu=1.5))
+    ),
+    "wmse": Case(WMSEConfig(projector=(16, 4), sub_batch=6, partitions=2)),
+    "wmse, one sub-batch, multi-crop": Case(WMSEConfig(projector=(16, 4), sub_batch=12, epsilon=0.0), local=2),
+    "simclr": Case(SimCLRConfig(projector=(16, 8))),
+    "simclr, with variance and covariance terms": Case(
+        SimCLRConfig(projector=(16, 8), temperature=0.5, regularise=RegulariseConfig())
+    ),
+    "moco": Case(MoCoConfig(projector=(16, 8), queue=24, norm_groups=2)),
+    "moco, symmetric, two groups each": Case(
+        MoCoConfig(projector=(16, 8), queue=48, symmetric=True, norm_groups=4, regularise=RegulariseConfig())
+    ),
+    "moco, v1's head, not shuffled": Case(MoCoConfig(projector=(8,), queue=12, norm_groups=1)),
+    "moco, m = 0": Case(
+        MoCoConfig(projector=(16, 8), queue=24, norm_groups=2, momentum=MomentumConfig(tau=0.0, schedule="constant"))
+    ),
+    "moco, memory bank": Case(MoCoConfig(projector=(16, 8), queue=24, norm_groups=2, momentum=None)),
+    "moco, memory bank, not shuffled": Case(MoCoConfig(projector=(16, 8), queue=24, norm_groups=1, momentum=None)),
+    "mocov3": Case(MoCoV3Config(projector=(16, 8), predictor=(16,))),
+    "pirl": Case(PIRLConfig(projector=(8,), patch_size=5, negatives=20), side=18),
+    "pirl, heads of two layers, patches resized": Case(
+        PIRLConfig(projector=(16, 8), patch_size=6, negatives=5, lam=0.3, bank_momentum=0.0), side=18
+    ),
+    "swav": Case(SwAVConfig(projector=(16, 8), prototypes=6)),
+    "swav, multi-crop": Case(SwAVConfig(projector=(16, 8), prototypes=6, freeze_epochs=0), local=2),
+    "swav, queue": Case(SwAVConfig(projector=(16, 8), prototypes=20, queue=24, queue_from_epoch=1), gradient_at=2),
+    "swav, without Sinkhorn": Case(SwAVConfig(projector=(16, 8), prototypes=6, iterations=0)),
+    "swav, with variance and covariance terms": Case(
+        SwAVConfig(projector=(16, 8), prototypes=6, regularise=RegulariseConfig()), local=1
+    ),
+    "deepcluster": Case(DeepClusterConfig(projector=(16, 8), prototypes=(3, 5)), gradient_at=1),
+    "deepcluster, multi-crop": Case(DeepClusterConfig(projector=(16, 8), prototypes=(4,)), local=2, gradient_at=2),
+    "deepcluster, original": Case(
+        DeepClusterConfig(projector=(16, 8), prototypes=(3, 5), alternation="original"), gradient_at=2
+    ),
+    "obow": Case(OBoWConfig(words=24, generator=16), backbone=CIFAR, side=16),
+    "obow, multi-crop": Case(OBoWConfig(words=12, generator=16), backbone=CIFAR, local=2, gradient_at=1),
+    "byol": Case(BYOLConfig(projector=(16, 8), predictor=(16,))),
+    "byol, no predictor, with variance and covariance terms": Case(
+        BYOLConfig(projector=(16, 8), predictor=None, norm=False, regularise=RegulariseConfig(mu=2.0, nu=1.5))
+    ),
+    "byol, without stop-gradient": Case(BYOLConfig(projector=(16, 8), predictor=(), stop_gradient=False)),
+    "byol, scaled target": Case(BYOLConfig(projector=(16, 8), predictor=(16,), target="scaled", scale=0.5)),
+    "byol, tau = 0": Case(
+        BYOLConfig(projector=(16, 8), predictor=(16,), momentum=MomentumConfig(tau=0.0, schedule="constant"))
+    ),
+    "byol, tau = 1": Case(
+        BYOLConfig(projector=(16, 8), predictor=(16,), momentum=MomentumConfig(tau=1.0, schedule="constant"))
+    ),
+    "simsiam": Case(SimSiamConfig(projector=(16, 16, 8), predictor=4)),
+    "simsiam, no predictor, with variance and covariance terms": Case(
+        SimSiamConfig(projector=(16, 8), predictor=None, norm=False, regularise=RegulariseConfig())
+    ),
+    "simsiam, without stop-gradient": Case(SimSiamConfig(projector=(16, 16, 8), predictor=4, stop_gradient=False)),
+    "directpred": Case(DirectPredConfig(projector=(16, 8)), gradient_at=1),
+    "directpred, no momentum": Case(DirectPredConfig(projector=(16, 8), momentum=None, every=2), gradient_at=2),
+    "directpred, with variance and covariance terms": Case(
+        DirectPredConfig(projector=(16, 8), regularise=RegulariseConfig())
+    ),
+    "dino": Case(DINOConfig(projector=(16, 8), prototypes=10, warmup_epochs=2), local=2),
+    "dino, batch norm, no centring, the student's encoder": Case(
+        DINOConfig(projector=(16, 8), prototypes=10, norm=True, centring=False, freeze_epochs=0, encoder="student"),
+        gradient_at=2,
+    ),
+    "dino, with variance and covariance terms": Case(
+        DINOConfig(projector=(16, 8), prototypes=10, regularise=RegulariseConfig()), local=1, gradient_at=1
+    ),
+    "data2vec": Case(Data2vecConfig(top=3), backbone=TOKENS, views=1, masked=True),
+    "data2vec, squared, with variance and covariance terms": Case(
+        Data2vecConfig(top=2, loss="l2", regularise=RegulariseConfig()), backbone=TOKENS, views=1, masked=True
+    ),
     "supervised": Case(SupervisedConfig(label_smoothing=0.1)),
+    "denoising": Case(DenoisingConfig(decoder=(16, 8)), views=1),
+    "jigsaw": Case(JigsawConfig(permutations=8, patch=6, classifier=(16,)), views=1, side=18),
+    "jigsaw, patches as they are": Case(
+        JigsawConfig(permutations=8, patch=5, normalise=False, classifier=()), views=1, side=18
+    ),
+    "rotation": Case(RotationConfig(), views=1),
+    "rotation, a random one": Case(RotationConfig(rotations="random"), views=1),
+    "triplet": Case(TripletConfig(projector=(16, 8))),
+    "triplet, hardest, euclidean": Case(TripletConfig(projector=(16, 8), distance="euclidean", negatives="hardest")),
+    "margin": Case(MarginConfig(projector=(16, 8))),
+    "margin, embeddings as they are": Case(MarginConfig(projector=(16, 8), margin=3.0, normalise=False)),
 }
