@@ -16,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from jem.config import JitterConfig, ViewConfig
+    from jem.config import JitterConfig, MaskConfig, ViewConfig
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 CROP_TRIES = 10
@@ -40,13 +40,17 @@ class ViewParams:
     """float32 (N,), standard deviation of the blur in pixels of the view; 0 for none."""
     solarize: Tensor
     """bool (N,)."""
+    mask: Tensor | None = None
+    """bool (N, patches), True where a patch is masked, row by row; None if the view has no masks."""
 
     def __len__(self) -> int:
         return self.boxes.shape[0]
 
     def rows(self, part: slice) -> ViewParams:
         """The parameters of some of the images."""
-        return ViewParams(**{name: value[part] for name, value in vars(self).items()})
+        mask = None if self.mask is None else self.mask[part]
+        others = {name: value[part] for name, value in vars(self).items() if name != "mask"}
+        return ViewParams(**others, mask=mask)
 
 
 def generator(seed: int, epoch: int, step: int, rank: int) -> Generator:
@@ -77,7 +81,8 @@ def draw(view: ViewConfig, size: Tensor, generator: Generator) -> ViewParams:
         low, high = view.blur.sigma
         drawn = low + (high - low) * torch.rand(count, generator=generator)
         sigma = torch.where(happens(view.blur.p), drawn, sigma)
-    return ViewParams(boxes, flip, order, factors, grey, sigma, happens(view.solarize))
+    solarize = happens(view.solarize)
+    return ViewParams(boxes, flip, order, factors, grey, sigma, solarize, draw_mask(view, count, generator))
 
 
 def crop_boxes(size: Tensor, scale: tuple[float, float], ratio: tuple[float, float], generator: Generator) -> Tensor:
@@ -128,3 +133,45 @@ def jitter(config: JitterConfig | None, count: int, generator: Generator) -> tup
     factors = low + (high - low) * torch.rand(count, 4, generator=generator)
     happens = torch.rand(count, 1, generator=generator) < config.p
     return order, torch.where(happens, factors, neutral)
+
+
+def draw_mask(view: ViewConfig, count: int, generator: Generator) -> Tensor | None:
+    """Masks bool (N, patches) of `view.mask`, each hiding the same number of patches; None, and no draw, without."""
+    if view.mask is None:
+        return None
+    hidden, side = view.mask.hidden(view.size), view.size // view.mask.patch
+    if view.mask.kind == "random":
+        return torch.rand(count, side * side, generator=generator).argsort(dim=1) < hidden
+    return mask_blocks(view.mask, side, hidden, count, generator)
+
+
+def mask_blocks(mask: MaskConfig, side: int, hidden: int, count: int, generator: Generator) -> Tensor:
+    """Masks made of rectangles, bool (N, side * side), each hiding exactly `hidden` patches.
+
+    As BEiT's blockwise masking: rectangle after rectangle, its area uniform from `mask.block` to what is still to be
+    hidden, its aspect log-uniform in `mask.aspect`, anywhere in the image. BEiT stops where no further rectangle fits,
+    and hides fewer then; here the last one is cut off, row by row, at the stated number.
+    """
+    # rectangles are drawn until the last image has enough: from a generator of their own, so that the caller's is
+    # advanced by one draw
+    own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    low, high = (math.log(bound) for bound in mask.aspect)
+    masked = torch.zeros(count, side * side, dtype=torch.bool)
+    while (left := hidden - masked.sum(dim=1, keepdim=True)).any():
+        area_draw, aspect_draw, top_draw, left_draw = torch.rand(4, count, 1, generator=own)
+        least = left.clamp(max=mask.block)
+        area = least + (left - least) * area_draw
+        aspect = torch.exp(low + (high - low) * aspect_draw)
+        tall = (area * aspect).sqrt().round().clamp(1, side)
+        wide = (area / aspect).sqrt().round().clamp(1, side)
+        rows = _between((top_draw * (side - tall + 1)).floor(), tall, side)
+        columns = _between((left_draw * (side - wide + 1)).floor(), wide, side)
+        new = (rows[:, :, None] & columns[:, None, :]).flatten(1) & ~masked
+        masked |= new & (new.cumsum(dim=1) <= left)
+    return masked
+
+
+def _between(start: Tensor, length: Tensor, side: int) -> Tensor:
+    """Which of `side` places are in `start` ... `start + length - 1`; (N, 1) each, to bool (N, side)."""
+    place = torch.arange(side)
+    return (place >= start) & (place < start + length)

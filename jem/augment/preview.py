@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
     from jem.augment.params import ViewParams
     from jem.augment.views import Augment
     from jem.batch import Batch
+    from jem.config import ViewConfig
 
 CELL, GAP, LINE = 192, 8, 13
 CAPTION_LINES = 3
-INK, PAPER = "#202020", "#ffffff"
+INK, PAPER, MASKED = "#202020", "#ffffff", 128
 BOX_COLOURS = ("#e6194b", "#0082c8", "#3cb44b", "#f58231", "#911eb4", "#00a0a0", "#f032e6", "#808000")
 
 
@@ -34,8 +36,8 @@ def preview(batch: Batch, augment: Augment, generator: Generator) -> Image.Image
         RGB picture, 200 pixels per column and 240 per row, about.
     """
     params = augment.draw(batch.size, generator)
-    views = [_pixels(view, augment) for view in augment.apply(batch, params)]
-    names = [f"view {number} ({view.size} px)" for number, view in enumerate(augment.views, start=1)]
+    views = [_pixels(view, drawn, augment) for view, drawn in zip(augment.apply(batch, params), params, strict=True)]
+    names = [f"view {number} ({_told(view)})" for number, view in enumerate(augment.views, start=1)]
 
     wide, high = CELL + GAP, CELL + GAP + CAPTION_LINES * LINE
     picture = Image.new("RGB", ((1 + len(views)) * wide + GAP, len(batch) * high + LINE + 2 * GAP), PAPER)
@@ -80,10 +82,22 @@ def caption(drawn: ViewParams, row: int, pixels: int) -> list[str]:
     return [line for line in (crop, jitter, rest) if line]
 
 
-def _pixels(view: Tensor, augment: Augment) -> Tensor:
-    """Undo the normalisation: uint8 (N, s, s, 3)."""
+def _told(view: ViewConfig) -> str:
+    masked = "" if view.mask is None else f", {100 * view.mask.ratio:.0f} % masked"
+    return f"{view.size} px{masked}"
+
+
+def _pixels(view: Tensor, drawn: ViewParams, augment: Augment) -> Tensor:
+    """Undo the normalisation, and let masked patches be grey: uint8 (N, s, s, 3)."""
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (augment.config.mean, augment.config.std))
-    return (view.float() * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    pixels = (view.float() * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+    if drawn.mask is not None:
+        side = math.isqrt(drawn.mask.shape[1])
+        mask = drawn.mask.view(-1, 1, side, side)
+        for dimension in (2, 3):
+            mask = mask.repeat_interleave(pixels.shape[2] // side, dimension)
+        pixels = pixels.masked_fill(mask, MASKED)
+    return pixels.permute(0, 2, 3, 1).contiguous()
 
 
 def _original(image: Tensor, height: int, width: int) -> tuple[Image.Image, float]:

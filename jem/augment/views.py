@@ -40,7 +40,10 @@ class Augment:
 
         `batch.size` should be on the CPU, where the parameters are drawn; from elsewhere it is fetched, which waits.
         """
-        return Views(self.apply(batch, self.draw(batch.size, generator), dtype), batch.id, batch.label)
+        params, device = self.draw(batch.size, generator), batch.image.device
+        masks = [None if drawn.mask is None else put(drawn.mask, device) for drawn in params]
+        masked = any(mask is not None for mask in masks)
+        return Views(self.apply(batch, params, dtype), batch.id, batch.label, masks if masked else None)
 
     def draw(self, size: Tensor, generator: Generator) -> list[ViewParams]:
         """The parameters of each view, for images whose original height and width are `size` (N, 2)."""
@@ -185,7 +188,8 @@ def _handed_over(batch: Batch, views: Views, done: torch.cuda.Event) -> tuple[Ba
     """Views made on a side stream, for use on the current one."""
     current = torch.cuda.current_stream(views.id.device)
     current.wait_event(done)
-    for tensor in (*views.views, views.id, views.label):
+    masks = [mask for mask in views.masks or () if mask is not None]
+    for tensor in (*views.views, *masks, views.id, views.label):
         tensor.record_stream(current)  # or their memory could be reused by the side stream too early
     return batch, views
 

@@ -85,6 +85,7 @@ from jem.config.views import (
     AugmentConfig,
     BlurConfig,
     JitterConfig,
+    MaskConfig,
     StreamConfig,
     ViewConfig,
 )
@@ -127,6 +128,7 @@ __all__ = [
     "KNNConfig",
     "LARSConfig",
     "MarginConfig",
+    "MaskConfig",
     "MethodConfig",
     "MethodSettings",
     "MethodsConfig",

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from jem.config.methods import MethodConfig, VICRegConfig
-from jem.config.networks import BackboneConfig
+from jem.config.networks import VITS, WAVEFORM, BackboneConfig
 from jem.config.section import Fraction, Section
 from jem.config.training import (
     ClusterConfig,
@@ -18,7 +18,7 @@ from jem.config.training import (
     TrackConfig,
     TrainConfig,
 )
-from jem.config.views import AugmentConfig, StreamConfig
+from jem.config.views import AugmentConfig, StreamConfig, ViewConfig, indivisible
 
 
 class IngestConfig(Section):
@@ -90,8 +90,48 @@ class PretrainConfig(Section):
                 f"train.batch_size {batch} does not divide among cluster.workers {workers} "
                 f"x train.accumulate {accumulate}: make it a multiple of {workers * accumulate}"
             )
+        for key, backbone, views in self._networks():
+            _check_views(key, backbone, views)
         self.method.check(self)
         return self
+
+    def _networks(self) -> list[tuple[str, BackboneConfig, list[ViewConfig]]]:
+        """Each backbone with the key that sets it and the views that it gets."""
+        views = [view for view in self.augment.views for _ in range(view.count)]
+        branches = getattr(self.method, "branches", None)
+        if not isinstance(branches, tuple):
+            return [("backbone", self.backbone, views)]
+        first, second = branches
+        return [("method.branches.0", first, views[:1]), ("method.branches.1", second, views[1:])]
+
+
+def _check_views(key: str, backbone: BackboneConfig, views: list[ViewConfig]) -> None:
+    """Refuse views that `backbone`, set by `key`, cannot take, and what it has no use for.
+
+    Raises:
+        ValueError: what does not fit, why, and what to change.
+    """
+    if backbone.name == WAVEFORM:
+        raise ValueError(f"{key}: {WAVEFORM} takes waveforms, (N, 1, L), data sets hold images: use it from Python")
+    for view in views:
+        if backbone.is_vit and view.size % backbone.patch:
+            raise ValueError(indivisible(view.size, f"{key}.patch", backbone.patch))
+        if view.mask is None:
+            continue
+        if not backbone.is_vit:
+            raise ValueError(
+                f"masks need a ViT: {backbone.name} has no patches that could be left out (a convolution mixes masked "
+                f"and visible pixels); leave out the mask of augment.views, or set {key}.name to {', '.join(VITS)}"
+            )
+        if view.mask.patch != backbone.patch:
+            raise ValueError(
+                f"augment.views has a mask of patches of {view.mask.patch} pixels, and {key} patches of "
+                f"{backbone.patch}: set mask.patch to {backbone.patch}"
+            )
+    if backbone.masked == "token" and all(view.mask is None for view in views):
+        raise ValueError(
+            f"{key}.masked is token, but none of its views has a mask: leave it out, or set augment.views' mask"
+        )
 
 
 class EvaluateConfig(Section):

@@ -12,6 +12,17 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def indivisible(size: int, name: str, patch: int) -> str:
+    """What is wrong with a view of `size` pixels for patches of `patch`, which the key `name` sets."""
+    usual = (4, 8) if size < 64 else (8, 16, 4) if size < 128 else (16, 14, 8)
+    fits = next((side for side in usual if size % side == 0), None)
+    remedy = f"set {name} to {fits}, or" if fits else "set"
+    return (
+        f"a view of {size} pixels does not divide into patches of {patch} ({name}): {remedy} the view's size to a "
+        f"multiple of {patch}"
+    )
+
+
 class StreamConfig(Section):
     """From Parquet shards to uint8 batches."""
 
@@ -56,6 +67,37 @@ class BlurConfig(Section):
         return self
 
 
+class MaskConfig(Section):
+    """Patches of a view that are hidden: the same number in every image, others in each."""
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.75, description="share of the patches that is hidden")
+    kind: Literal["random", "block"] = Field(
+        "random", description="random: any patches, as MAE; block: rectangles of patches, as BEiT"
+    )
+    patch: PositiveInt = Field(16, description="side of a patch in pixels, as backbone.patch")
+    block: PositiveInt = Field(16, description="least number of patches in a rectangle (kind: block)")
+    aspect: tuple[PositiveFloat, PositiveFloat] = Field(
+        (0.3, 1 / 0.3), description="range of a rectangle's height / width (kind: block)"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> MaskConfig:
+        if self.aspect[0] > self.aspect[1]:
+            raise ValueError(f"aspect must be a range from low to high, not {self.aspect}")
+        for name in ("block", "aspect"):
+            if self.kind != "block" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is for kind: block: leave it out, or set kind")
+        return self
+
+    def patches(self, size: int) -> int:
+        """Patches in a view of `size` pixels."""
+        return (size // self.patch) ** 2
+
+    def hidden(self, size: int) -> int:
+        """How many of them are masked."""
+        return round(self.ratio * self.patches(size))
+
+
 class ViewConfig(Section):
     """How one view (or `count` views alike) is made."""
 
@@ -68,6 +110,11 @@ class ViewConfig(Section):
     grey: Fraction = Field(0.2, description="probability of greyscale")
     blur: BlurConfig | None = Field(None, description="Gaussian blur; null for none")
     solarize: Fraction = Field(0.0, description="probability of solarizing above 0.5")
+    mask: MaskConfig | None = Field(
+        None,
+        description="hide patches from a ViT; null for none. To have it in place of the crop: scale [1, 1], ratio "
+        "[1, 1], which give the central square",
+    )
 
     @model_validator(mode="after")
     def _ranges(self) -> ViewConfig:
@@ -79,6 +126,15 @@ class ViewConfig(Section):
             raise ValueError(f"scale cannot pass 1, got {self.scale[1]}")
         if self.blur is not None and self.blur.kernel // 2 >= self.size:
             raise ValueError(f"blur.kernel {self.blur.kernel} is too large for a view of {self.size} pixels")
+        if self.mask is not None:
+            if self.size % self.mask.patch:
+                raise ValueError(indivisible(self.size, "mask.patch", self.mask.patch))
+            patches, hidden = self.mask.patches(self.size), self.mask.hidden(self.size)
+            if not 0 < hidden < patches:
+                raise ValueError(
+                    f"mask.ratio {self.mask.ratio} of {patches} patches hides {hidden}: it must leave at least 1 and "
+                    "hide at least 1"
+                )
         return self
 
 

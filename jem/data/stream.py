@@ -124,9 +124,12 @@ def views_batches(
     from jem.batch import Views
 
     for row in _rows(plan, rank, start, stop_epoch, execution, decode_tasks, stream, deadline):
-        count = sum(name.startswith("view_") for name in row)
-        views = [torch.from_numpy(np.array(row[f"view_{number}"])).permute(0, 3, 1, 2) for number in range(count)]
-        yield Views(views, torch.from_numpy(np.array(row["id"])), torch.from_numpy(np.array(row["label"])))
+        kept = {name: torch.from_numpy(np.array(array)) for name, array in row.items()}
+        numbers = range(sum(name.startswith("view_") for name in row))
+        masks = [kept.get(f"mask_{number}") for number in numbers]
+        masked = any(mask is not None for mask in masks)
+        views = [kept[f"view_{number}"].permute(0, 3, 1, 2) for number in numbers]
+        yield Views(views, kept["id"], kept["label"], masks if masked else None)
 
 
 def dataset(index: Index, canvas: int, pixel_limit: int, *, decode_cpus: float = 0.25) -> ray.data.Dataset:
@@ -219,8 +222,9 @@ class _ViewMaker:
         batch = as_batch({name: row[name][0] for name in ("image", "size", "id", "label")})
         made = self._make(batch, Position(int(row["epoch"][0]), int(row["step"][0])))
         views = [view.float().permute(0, 2, 3, 1).cpu().contiguous().numpy() for view in made.views]
+        masks = {f"mask_{n}": mask.cpu().numpy()[None] for n, (_, mask) in enumerate(made) if mask is not None}
         kept = {name: row[name] for name in ("id", "label", "epoch", "step")}
-        return {**{f"view_{number}": view[None] for number, view in enumerate(views)}, **kept}
+        return {**{f"view_{number}": view[None] for number, view in enumerate(views)}, **masks, **kept}
 
 
 # --- iteration --------------------------------------------------------------------------------------------------------

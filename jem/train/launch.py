@@ -322,7 +322,12 @@ def _views(job: Job, rank: int, start: Position, device: torch.device) -> Iterat
     if config.augment.placement == "pool":
         make = partial(_PoolAugment, config.augment, config.seed, rank)
         for views in views_batches(*mine, decode_tasks=job.decode_tasks, augment=config.augment, make=make):
-            yield Views([view.to(device) for view in views.views], views.id.to(device), views.label.to(device))
+            yield Views(
+                [view.to(device) for view in views.views],
+                views.id.to(device),
+                views.label.to(device),
+                views.masks and [None if mask is None else mask.to(device) for mask in views.masks],
+            )
         return
     batches = ray_batches(*mine, decode_tasks=job.decode_tasks, pin_memory=device.type == "cuda")
     positions = plan.positions(start, config.train.epochs)

@@ -12,7 +12,7 @@ from PIL import Image
 from jem.augment.preview import CELL, GAP, LINE, caption, preview
 from jem.augment.views import Augment, generator
 from jem.batch import Batch
-from jem.config import AugmentConfig, BlurConfig, JitterConfig, PreviewConfig, StreamConfig, ViewConfig
+from jem.config import AugmentConfig, BlurConfig, JitterConfig, MaskConfig, PreviewConfig, StreamConfig, ViewConfig
 from jem.errors import InputError
 from pipelines.preview import preview as preview_job
 
@@ -52,6 +52,23 @@ def test_the_boxes_of_the_crops_are_drawn_on_the_original() -> None:
     rows, columns = np.flatnonzero(marked.any(axis=1)), np.flatnonzero(marked.any(axis=0))
     assert (rows[0], rows[-1] + 1) == (top, top + height)
     assert (columns[0], columns[-1] + 1) == (left, left + width)
+
+
+def test_masked_patches_are_grey_and_local_views_are_shown_beside_global_ones() -> None:
+    masked = PLAIN.model_copy(update={"count": 1, "mask": MaskConfig(ratio=0.25, patch=CELL // 2)})
+    local = PLAIN.model_copy(update={"count": 2, "size": 32})
+    augment = Augment(AugmentConfig(views=(masked, local)))
+    batch = batch_of(100, 200, (200, 100, 50))
+    (drawn, *_) = augment.draw(batch.size, generator(0, 0, 0, 0))
+    picture = preview(batch, augment, generator(0, 0, 0, 0))
+    assert picture.width >= 4 * CELL
+    assert drawn.mask is not None
+    for patch, hidden in enumerate(drawn.mask[0].tolist()):
+        top, left = CELL // 2 * (patch // 2), CELL // 2 * (patch % 2)
+        shown = cell(picture, 1)[top : top + CELL // 2, left : left + CELL // 2].astype(int)
+        assert np.abs(shown - ((128, 128, 128) if hidden else (200, 100, 50))).max() <= 1
+    for column in (2, 3):
+        assert np.abs(cell(picture, column).astype(int) - (200, 100, 50)).max() <= 1
 
 
 def test_the_caption_says_what_was_drawn_and_nothing_else() -> None:

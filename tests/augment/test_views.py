@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as tv
 from jem.augment import views as views_module
 from jem.augment.views import Augment, centre_view, generator, prefetched
 from jem.batch import Batch
-from jem.config import AugmentConfig, BlurConfig, JitterConfig, ViewConfig
+from jem.config import AugmentConfig, BlurConfig, JitterConfig, MaskConfig, ViewConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -188,6 +188,33 @@ def test_multi_crop_makes_global_views_first_and_then_local_ones() -> None:
     params = Augment(config).draw(batch.size, generator(0, 0, 0, 0))
     areas = torch.stack([drawn.boxes[:, 2] * drawn.boxes[:, 3] for drawn in params]) / 40**2
     assert (areas[2:] < 0.25).all()
+
+
+def test_masks_come_with_the_views_that_have_them_and_change_no_pixel() -> None:
+    masked = ViewConfig(size=32, mask=MaskConfig(patch=8))
+    local = ViewConfig(count=2, size=16, mask=MaskConfig(patch=8, ratio=0.5))
+    config = AugmentConfig(views=(masked, ViewConfig(size=32), local))
+    batch = noise(4)
+    made = Augment(config)(batch, generator(0, 0, 0, 0))
+    assert made.masks is not None
+    assert [None if mask is None else tuple(mask.shape) for mask in made.masks] == [(4, 16), None, (4, 4), (4, 4)]
+    plain = AugmentConfig(views=(ViewConfig(size=32),))
+    without = Augment(plain)(batch, generator(0, 0, 0, 0))
+    assert without.masks is None
+    assert torch.equal(made.views[0], without.views[0])
+    again = Augment(config)(batch, generator(0, 0, 0, 0))
+    assert again.masks is not None
+    assert torch.equal(made.masks[0], again.masks[0])
+    assert [mask is None for _, mask in made] == [False, True, False, False]
+
+
+def test_masks_are_put_on_the_images_device() -> None:
+    batch = noise(2)
+    on_meta = Batch(batch.image.to("meta"), batch.size, batch.id, batch.label)
+    made = Augment(AugmentConfig(views=(ViewConfig(size=32, mask=MaskConfig(patch=8)),)))(
+        on_meta, generator(0, 0, 0, 0)
+    )
+    assert [mask.device.type for _, mask in made if mask is not None] == ["meta"]
 
 
 def test_asymmetric_views_have_each_their_own_settings() -> None:

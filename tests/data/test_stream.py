@@ -283,7 +283,8 @@ def test_views_from_a_pool_are_those_of_the_batch_at_its_position(numbered: Inde
         def views(batch: Batch, position: Position) -> Views:
             whole = batch.image.float() + 1000 * position.epoch
             part = torch.full((len(batch), 3, 4, 4), float(position.step))
-            return Views([whole, part], batch.id, batch.label)
+            mask = torch.arange(4) < (batch.id % 4)[:, None]
+            return Views([whole, part], batch.id, batch.label, [None, mask])
 
         return views
 
@@ -299,3 +300,6 @@ def test_views_from_a_pool_are_those_of_the_batch_at_its_position(numbered: Inde
         assert views.views[0].is_contiguous(memory_format=torch.channels_last)
         assert views.views[1].shape == (50, 3, 4, 4)
         assert (views.views[1] == position.step).all()
+        assert views.masks is not None
+        assert views.masks[0] is None
+        assert torch.equal(views.masks[1], torch.arange(4) < (batch.id % 4)[:, None])
