@@ -50,7 +50,8 @@ class BYOL(Method):
         self.online = Branch(backbone, config.projector, norm=config.norm)
         self.predictor: nn.Module = nn.Identity()
         if config.predictor is not None:
-            self.predictor = mlp((config.projector[-1], *config.predictor), norm=config.norm)
+            width = config.projector[-1]
+            self.predictor = mlp((width, *config.predictor, width), norm=config.norm)
         self.target = momentum_copy(self.online) if config.stop_gradient else None
         if self.target is not None and config.scale is not None:
             scaled(self.target, self.online, config.scale)

@@ -12,9 +12,9 @@ first one at epoch 0 and the last one from epoch `warmup_epochs` on.
 
 The loss is the teacher's entropy plus the divergence KL(q|p), the two curves of the paper's figure 7: a divergence of 0
 is a collapse, to one dimension if the entropy is 0, to the uniform distribution if it is log K. The diagnostics look at
-the student's probabilities p: in both collapses all images have the same, so their spread is 0, and it is relative to
-their length, so that 1/K counts as much as 1. The output s does not show the second one: it may differ from image to
-image by what all its dimensions share.
+the teacher's probabilities q for the first view: in both collapses all images have the same, so their spread is 0, and
+it is relative to their length, so that 1/K counts as much as 1. The output t does not show the second one: it may
+differ from image to image by what all its dimensions share.
 """
 
 from __future__ import annotations
@@ -127,12 +127,9 @@ class DINO(Method):
             student = [at_least_float32(output) for _, _, output in seen]
             teacher = [at_least_float32(output) for _, _, output in taught]
             self._means.append(torch.stack(teacher).mean(dim=(0, 1)))
-            temperature = self.config.temperature
-            loss, entropy = (
-                all_reduce_mean(each)
-                for each in dino_loss(teacher, student, self.centre, self.teacher_temperature, temperature)
-            )
-            probabilities = (student[0].detach() / temperature).softmax(dim=1)
+            sharp, soft = self.teacher_temperature, self.config.temperature
+            loss, entropy = (all_reduce_mean(x) for x in dino_loss(teacher, student, self.centre, sharp, soft))
+            probabilities = ((teacher[0] - self.centre) / sharp).softmax(dim=1)
         kept = taught if self.config.encoder == "teacher" else seen
         terms = {"teacher_entropy": entropy, "kl": loss - entropy}
         return replace(self.output(loss, [z for _, z, _ in seen], kept[0][0], terms), embedding=probabilities)

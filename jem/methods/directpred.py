@@ -13,7 +13,7 @@ for which eps 0.01 is. W is set after the optimizer's step, for the next one; th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def closed_form(correlation: Tensor, eps: float) -> Tensor:
     s, u = torch.linalg.eigh(correlation)
     s = s.clamp(min=0)
     root = (s / s.max().clamp(min=torch.finfo(s.dtype).tiny)).sqrt() + eps
-    return torch.linalg.multi_dot((u, torch.diag(root), u.T))
+    return cast("Tensor", (u * root) @ u.T)
 
 
 class DirectPred(Method):

@@ -36,9 +36,9 @@ class BYOLConfig(JointSettings):
     name: Literal["byol"] = "byol"
     projector: tuple[PositiveInt, ...] = Field((4096, 256), min_length=1, description="widths of its layers")
     predictor: tuple[PositiveInt, ...] | None = Field(
-        (4096, 256),
-        min_length=1,
-        description="widths of its layers, the last the projector's; null for none, which collapses",
+        (4096,),
+        description="widths of its hidden layers (its output is as wide as the projector's); null for no "
+        "predictor, which collapses",
     )
     norm: bool = Field(True, description="batch norm in projector and predictor")
     stop_gradient: bool = Field(
@@ -54,11 +54,6 @@ class BYOLConfig(JointSettings):
 
     @model_validator(mode="after")
     def _fits(self) -> BYOLConfig:
-        if self.predictor is not None and self.predictor[-1] != self.projector[-1]:
-            raise ValueError(
-                f"predictor ends with {self.predictor[-1]} and projector with {self.projector[-1]}: the prediction is "
-                "compared with a projection, so make them equal"
-            )
         if self.target == "scaled" and self.scale is None:
             raise ValueError("target: scaled needs scale: the factor on the online network's weights")
         if self.target == "momentum" and self.scale is not None:
@@ -175,3 +170,14 @@ class Data2vecConfig(JointSettings):
     def check(self, run: PretrainConfig) -> None:
         """See the base class."""
         super().check(run)
+        if not run.backbone.is_vit:
+            raise ValueError(
+                f"data2vec needs a ViT, whose patches can be masked, not {run.backbone.name}: set backbone.name to "
+                "vit_tiny, vit_small or vit_base"
+            )
+        if run.augment.views[0].mask is None:
+            raise ValueError("data2vec predicts what a mask hides: give the view in augment.views a mask")
+        if run.backbone.masked != "token":
+            raise ValueError(
+                "data2vec predicts the masked patches, so they must not be dropped: set backbone.masked to token"
+            )
