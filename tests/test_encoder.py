@@ -267,7 +267,7 @@ def test_the_untouched_copy_is_read(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"architecture": {"name": "vit_huge"}, "jem": "9.0"}, "architecture.name.*written by jem 9.0"),
+        ({"architecture": {"name": "vit_huge"}, "jem": "9.0"}, "architecture: .*vit_huge.*written by jem 9.0"),
         ({"architecture": {"name": "resnet34"}}, "not the weights of resnet34"),
         ({"format": 99, "jem": "9.0"}, "upgrade jem"),
         ({"input_size": -3}, "input_size"),

@@ -44,6 +44,17 @@ def test_loss_is_the_mean_over_the_views(count: int) -> None:
     assert not out.embedding.requires_grad
 
 
+def test_a_batch_without_a_label_costs_nothing_and_moves_nothing() -> None:
+    torch.manual_seed(0)
+    method = build_method(SupervisedConfig(label_smoothing=0.1), SMALL, 3)
+    out = method(Views([torch.randn(4, 3, 8, 8)], torch.arange(4), torch.full((4,), -1)))
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert {name: term.item() for name, term in out.terms.items()} == {"cross_entropy": 0, "accuracy": 0}
+    # DDP waits for every parameter's gradient
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in method.parameters())
+
+
 def test_it_learns_its_batch() -> None:
     torch.manual_seed(0)
     method = build_method(SupervisedConfig(), SMALL, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from jem.batch import Views
 from jem.config import BackboneConfig, VICRegConfig
 from jem.errors import InputError
 from jem.methods import build_method
-from jem.methods.vicreg import VICReg, covariance, invariance, variance, vicreg_loss
+from jem.methods.vicreg import VICReg, covariance, invariance, variance, variance_ablated, vicreg_loss
 
 SMALL = BackboneConfig(stem="stride2")
 
@@ -99,16 +100,34 @@ def test_one_image_has_no_variance() -> None:
         vicreg_loss(torch.zeros(1, 4), torch.zeros(1, 4), 25.0, 25.0, 1.0)
 
 
-def descend(mu: float, nu: float) -> Tensor:
+def test_hinge_on_the_variance_is_its_definition_and_has_no_gradient_at_collapse() -> None:
+    """The paper's ablation: the slope of Var is proportional to the deviation, that of its root is not."""
+    z, _ = embeddings(7, 5)
+    expected = np.mean([max(0.0, 1.0 - var) for var in z.numpy().var(axis=0, ddof=1)])
+    assert variance_ablated(z).item() == pytest.approx(expected, rel=1e-12)
+    slopes = {}
+    for name, term in (("std", variance), ("variance", variance_ablated)):
+        for deviation in (1e-2, 1e-4):
+            near = (deviation * (z - z.mean(dim=0))).requires_grad_()
+            term(near).backward()
+            slopes[name, deviation] = near.grad.norm().item()
+    assert slopes["variance", 1e-4] == pytest.approx(1e-2 * slopes["variance", 1e-2], rel=1e-6)
+    assert slopes["std", 1e-2] > 10 * slopes["variance", 1e-2]
+    collapsed = torch.ones(7, 5, requires_grad=True)
+    variance_ablated(collapsed).backward()
+    assert not collapsed.grad.any()
+
+
+def descend(mu: float, nu: float, hinge: Literal["std", "variance"] = "std", noise: float = 0.5) -> Tensor:
     """Embeddings of 64 noisy views by a linear network that VICReg trained."""
     torch.manual_seed(0)
     network = nn.Linear(16, 8)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.02)
     x = torch.randn(64, 16)
     for _ in range(300):
-        z1, z2 = network(x + 0.5 * torch.randn_like(x)), network(x + 0.5 * torch.randn_like(x))
+        z1, z2 = (network(x + noise * torch.randn_like(x)) for _ in range(2))
         optimizer.zero_grad()
-        vicreg_loss(z1, z2, 25.0, mu, nu)[0].backward()
+        vicreg_loss(z1, z2, 25.0, mu, nu, hinge)[0].backward()
         optimizer.step()
     return network(x).detach()
 
@@ -116,6 +135,11 @@ def descend(mu: float, nu: float) -> Tensor:
 def test_without_the_variance_term_the_embedding_collapses_and_with_it_it_does_not() -> None:
     assert descend(mu=0.0, nu=1.0).std(dim=0).max() < 0.01
     assert descend(mu=25.0, nu=1.0).std(dim=0).min() > 0.5
+
+
+def test_with_the_variance_in_place_of_the_standard_deviation_it_collapses_where_the_views_differ_much() -> None:
+    assert descend(mu=25.0, nu=1.0, hinge="variance", noise=1.5).std(dim=0).max() < 0.01
+    assert descend(mu=25.0, nu=1.0, hinge="std", noise=1.5).std(dim=0).min() > 0.2
 
 
 def test_without_the_covariance_term_dimensions_stay_correlated() -> None:

@@ -13,13 +13,13 @@ import torch
 from jem import distributed
 from jem.augment.views import Augment, generator, prefetched
 from jem.batch import Views
-from jem.config import PretrainConfig
+from jem.config import PretrainConfig, VICRegConfig
 from jem.data.index import open_index
 from jem.data.plan import Plan, Position
 from jem.data.read import local_batches
 from jem.errors import InputError, RunError
 from jem.methods import build_method
-from jem.methods.base import Method, StepOutput
+from jem.methods.base import Method, Progress, StepOutput
 from jem.train import checkpoint
 from jem.train.checkpoint import State
 from jem.train.loop import fit
@@ -183,7 +183,7 @@ class Broken(Method):
     """A method whose second term is not a number from its third step on."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(VICRegConfig())
         self.layer = torch.nn.Linear(3, 4)
         self.steps = 0
 
@@ -241,6 +241,69 @@ def test_accumulated_parts_make_the_same_step_as_the_whole_batch(digits_dataset)
         ends.append(run(config_of(digits_dataset, accumulate=parts, precision="fp32"), method=Mean()).states[-1])
     for name in ends[0].model:
         torch.testing.assert_close(ends[0].model[name], ends[1].model[name])
+
+
+class Diary(Mean):
+    """A method that notes what is called, with which progress, and what had happened to its weights by then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[tuple[str, Progress | None]] = []
+        self.weights: list[torch.Tensor] = []
+        self.gradients: list[bool] = []
+
+    def _note(self, name: str, progress: Progress | None = None) -> None:
+        self.notes.append((name, progress))
+        self.weights.append(self.layer.weight.detach().clone())
+        self.gradients.append(self.layer.weight.grad is not None)
+
+    def before_step(self, progress: Progress) -> None:
+        super().before_step(progress)
+        self._note("before_step", progress)
+
+    def forward(self, views: Views) -> StepOutput:
+        self._note("forward")
+        return super().forward(views)
+
+    def after_backward(self, progress: Progress) -> None:
+        self._note("after_backward", progress)
+        if progress.epoch == 0:
+            self.layer.weight.grad = None
+
+    def after_step(self, progress: Progress) -> None:
+        self._note("after_step", progress)
+
+
+def test_the_hooks_are_called_in_order_with_where_the_training_is(digits_dataset):
+    diary = Diary()
+    config = config_of(digits_dataset, accumulate=2, precision="fp32").model_copy(update={"seed": 3})
+    run(config, method=diary)
+    names = ["before_step", "forward", "forward", "after_backward", "after_step"]
+    assert [name for name, _ in diary.notes] == names * 6
+    for step in range(6):
+        epoch, within = divmod(step, 3)
+        before, *_, backward, after = (progress for _, progress in diary.notes[5 * step : 5 * step + 5])
+        assert before == backward == Progress(step=step, total=6, epoch=epoch, first=within == 0, seed=3)
+        assert after == Progress(step=step + 1, total=6, epoch=epoch, first=within == 0, seed=3)
+        assert (before.share, after.share) == pytest.approx((step / 6, (step + 1) / 6))
+        # the second forward pass finds the first one's gradient; the optimizer has moved nothing but before after_step
+        assert diary.gradients[5 * step : 5 * step + 5] == [False, False, True, True, False]
+        weights = diary.weights[5 * step : 5 * step + 5]
+        assert all(torch.equal(weights[0], each) for each in weights[1:4])
+        moved = not torch.equal(weights[0], weights[4])
+        # the first step's rate is 0, and without its gradient a parameter stays
+        assert moved == (epoch == 1)
+
+
+def test_a_method_draws_the_same_in_the_same_step_whatever_went_before():
+    first, second, other = (Progress(step=step, total=9, epoch=step, seed=1).generator() for step in (4, 4, 5))
+    drawn = torch.rand(8, generator=first)
+    assert torch.equal(drawn, torch.rand(8, generator=second))
+    assert not torch.equal(drawn, torch.rand(8, generator=other))
+    assert not torch.equal(drawn, torch.rand(8, generator=Progress(step=4, total=9, epoch=4, seed=2).generator()))
+    diary = Diary()
+    diary.before_step(Progress(step=4, total=9, epoch=4, seed=1))
+    assert torch.equal(drawn, torch.rand(8, generator=diary.generator))
 
 
 def test_the_gradient_norm_is_limited(digits_dataset):

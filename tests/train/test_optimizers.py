@@ -7,11 +7,45 @@ import pytest
 import torch
 from torch import nn
 
-from jem.config import AdamWConfig, BackboneConfig, LARSConfig, OptimizerConfig, SGDConfig, VICRegConfig
-from jem.methods import build_method
+from jem.config import (
+    AdamConfig,
+    AdamWConfig,
+    BackboneConfig,
+    LARSConfig,
+    OptimizerConfig,
+    SGDConfig,
+    SupervisedConfig,
+    VICRegConfig,
+)
+from jem.methods import Method, StepOutput, build_method
 from jem.train.optimizers import LARS, build_optimizer, parameter_groups, set_rates
 
-CONFIGS: list[OptimizerConfig] = [LARSConfig(), LARSConfig(clip=True), SGDConfig(nesterov=True), AdamWConfig()]
+CONFIGS: list[OptimizerConfig] = [
+    LARSConfig(),
+    LARSConfig(clip=True),
+    SGDConfig(nesterov=True),
+    AdamConfig(betas=(0.8, 0.9)),
+    AdamWConfig(),
+]
+
+
+class Holder(Method):
+    """A method that is nothing but its `layers`; those of `still` have a constant rate."""
+
+    def __init__(self, layers: nn.Module, still: tuple[nn.Module, ...] = ()) -> None:
+        super().__init__(SupervisedConfig())
+        self.layers = layers
+        self.still = still
+
+    @property
+    def backbone(self):
+        raise AssertionError("not asked for")
+
+    def forward(self, views) -> StepOutput:
+        raise AssertionError("not asked for")
+
+    def constant_rate(self):
+        return self.still
 
 
 def reference_lars(weights, gradients, rates, decay, momentum, eta, clip, adapt):
@@ -85,7 +119,7 @@ def test_lars_runs_a_closure() -> None:
     assert weight.grad is not None
 
 
-def model() -> nn.Module:
+def model() -> Method:
     torch.manual_seed(0)
     return build_method(VICRegConfig(expander=(16, 8), branches="separate"), BackboneConfig(), None)
 
@@ -104,10 +138,11 @@ def test_biases_and_norms_are_neither_decayed_nor_scaled() -> None:
 
 def test_a_linear_layers_bias_is_not_decayed_and_frozen_parameters_are_left_out() -> None:
     layer = nn.Linear(2, 3)
-    assert [group["params"][0] is p for group, p in zip(parameter_groups(layer, 0.1), layer.parameters(), strict=True)]
-    assert [p is layer.bias for p in parameter_groups(layer, 0.1)[1]["params"]] == [True]
+    decayed, rest = parameter_groups(Holder(layer), 0.1)
+    assert [p is layer.weight for p in decayed["params"]] == [True]
+    assert [p is layer.bias for p in rest["params"]] == [True]
     layer.bias.requires_grad_(False)
-    assert [group["decay"] for group in parameter_groups(layer, 0.1)] == [True]
+    assert [group["decay"] for group in parameter_groups(Holder(layer), 0.1)] == [True]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
@@ -115,26 +150,76 @@ def test_configured_optimizer_takes_its_settings_and_the_scaled_rate(config: Opt
     optimizer = build_optimizer(model(), config, lr=0.7)
     assert type(optimizer).__name__.lower() == config.name
     decayed, rest = optimizer.param_groups
-    settings = config.model_dump(exclude={"name", "lr", "weight_decay"})
+    settings = config.model_dump(exclude={"name", "lr", "bias_lr", "weight_decay"})
     for group in (decayed, rest):
         assert group["lr"] == 0.7
         assert {key: group[key] for key in settings} == settings
     assert (decayed["weight_decay"], rest["weight_decay"]) == (config.weight_decay, 0)
-    set_rates(optimizer, lr=0.2, weight_decay=0.3)
+    set_rates(optimizer, lr=0.2, peak=0.7, weight_decay=0.3)
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.2, 0.3), (0.2, 0.0)]
+
+
+def rates(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, float]:
+    """The rate of each of the module's parameters."""
+    of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    return {name: of[id(p)] for name, p in module.named_parameters()}
+
+
+def test_biases_and_norms_may_have_a_rate_of_their_own() -> None:
+    """`lr` is scaled with the batch before it gets here, and the schedule moves it; bias_lr follows both."""
+    layers = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    config = LARSConfig(lr=0.2, bias_lr=0.0048)
+    optimizer = build_optimizer(Holder(layers), config, lr=8 * 0.2)
+    assert rates(optimizer, layers) == pytest.approx(
+        {"0.weight": 1.6, "0.bias": 8 * 0.0048, "1.weight": 8 * 0.0048, "1.bias": 8 * 0.0048}
+    )
+    set_rates(optimizer, lr=0.4, peak=1.6, weight_decay=0.1)
+    found = rates(optimizer, layers)
+    assert found == pytest.approx({"0.weight": 0.4, "0.bias": 0.0096, "1.weight": 0.0096, "1.bias": 0.0096})
+    still = build_optimizer(Holder(layers), LARSConfig(lr=0.2, bias_lr=0.0), lr=0.2)
+    assert rates(still, layers)["0.bias"] == 0
+
+
+def test_parts_of_constant_rate_stay_at_the_highest_and_the_rest_follows_the_schedule() -> None:
+    layers = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    config = LARSConfig(lr=0.2, bias_lr=0.1, weight_decay=0.01)
+    optimizer = build_optimizer(Holder(layers, still=(layers[1],)), config, lr=0.8)
+    for lr in (0.0, 0.3):
+        set_rates(optimizer, lr=lr, peak=0.8, weight_decay=0.05)
+        assert rates(optimizer, layers) == pytest.approx(
+            {"0.weight": lr, "0.bias": lr / 2, "1.weight": 0.8, "1.bias": 0.4}
+        )
+        decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+        assert [decays[id(p)] for p in layers.parameters()] == [0.05, 0.0, 0.05, 0.0]
+    every = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(every) == sorted(id(p) for p in layers.parameters())
+
+
+def test_adams_weight_decay_is_a_part_of_the_gradient_and_adamws_is_not() -> None:
+    """Adam's first step is lr times the sign of what it takes for the gradient, whatever its size."""
+    ends = {}
+    for config in (AdamConfig(weight_decay=0.5), AdamWConfig(weight_decay=0.5)):
+        layer = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(layer.weight, 2.0)
+        layer.weight.grad = torch.full((1, 1), -0.1)
+        build_optimizer(Holder(layer), config, lr=0.01).step()
+        ends[config.name] = layer.weight.item()
+    # -0.1 + 0.5 * 2 > 0: down; AdamW: 2 (1 - 0.01 * 0.5), then up
+    assert ends == pytest.approx({"adam": 2 - 0.01, "adamw": 2 * 0.995 + 0.01}, abs=1e-6)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
 def test_state_dictionary_goes_on_to_the_bit(config: OptimizerConfig, tmp_path) -> None:
-    def network() -> nn.Module:
+    def network() -> Holder:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+        last = nn.Linear(8, 2)
+        return Holder(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), last), still=(last,))
 
-    def steps(module: nn.Module, optimizer: torch.optim.Optimizer, start: int, stop: int) -> None:
+    def steps(method: Holder, optimizer: torch.optim.Optimizer, start: int, stop: int) -> None:
         for step in range(start, stop):
-            set_rates(optimizer, 0.1 / (step + 1), config.weight_decay)
+            set_rates(optimizer, 0.1 / (step + 1), 0.1, config.weight_decay)
             optimizer.zero_grad()
-            module(torch.full((3, 4), float(step)).cumsum(0)).square().sum().backward()
+            method.layers(torch.full((3, 4), float(step)).cumsum(0)).square().sum().backward()
             optimizer.step()
 
     through = network()
