@@ -42,6 +42,7 @@ from jem.methods import Method, Progress, build_method
 # zero_init would leave most of the gradient zero at the first step
 CIFAR = BackboneConfig(stem="cifar", zero_init=False)
 STRIDE = BackboneConfig(stem="stride2", zero_init=False)
+VIT = BackboneConfig(name="vit_tiny", patch=4)
 TOKENS = BackboneConfig(name="vit_tiny", patch=4, masked="token", pool="mean")
 BATCH, SIDE, LOCAL_SIDE, STEPS, CLASSES = 12, 8, 6, 3, 4
 
@@ -121,6 +122,10 @@ CASES: dict[str, Case] = {
     "vicreg, embedding wider than the batch": Case(VICRegConfig(expander=(16, 32))),
     "vicreg, separate branches": Case(VICRegConfig(expander=(16, 8), branches="separate")),
     "vicreg, two architectures": Case(VICRegConfig(expander=(16, 8), branches=(STRIDE, CIFAR))),
+    # a batch norm in the head takes out the bias of a ViT's last norm, which leaves it no gradient to compare
+    "vicreg, masked ViT and a ResNet": Case(
+        VICRegConfig(lam=1.0, mu=1.0, nu=0.04, expander=(8,), branches=(TOKENS, STRIDE)), backbone=TOKENS, masked=True
+    ),
     "vicreg, hinge on the variance": Case(VICRegConfig(expander=(16, 8), hinge="variance")),
     "barlow": Case(BarlowConfig(projector=(16, 8), scale=0.1)),
     "barlow, with variance and covariance terms": Case(
@@ -129,6 +134,7 @@ CASES: dict[str, Case] = {
     "wmse": Case(WMSEConfig(projector=(16, 4), sub_batch=6, partitions=2)),
     "wmse, one sub-batch, multi-crop": Case(WMSEConfig(projector=(16, 4), sub_batch=12, epsilon=0.0), local=2),
     "simclr": Case(SimCLRConfig(projector=(16, 8))),
+    "simclr, masked ViT": Case(SimCLRConfig(projector=(8,)), backbone=VIT, masked=True),
     "simclr, with variance and covariance terms": Case(
         SimCLRConfig(projector=(16, 8), temperature=0.5, regularise=RegulariseConfig())
     ),
@@ -139,6 +145,9 @@ CASES: dict[str, Case] = {
     "moco, v1's head, not shuffled": Case(MoCoConfig(projector=(8,), queue=12, norm_groups=1)),
     "moco, m = 0": Case(
         MoCoConfig(projector=(16, 8), queue=24, norm_groups=2, momentum=MomentumConfig(tau=0.0, schedule="constant"))
+    ),
+    "moco, symmetric, masked": Case(
+        MoCoConfig(projector=(16, 8), queue=24, symmetric=True, norm_groups=2), TOKENS, masked=True
     ),
     "moco, memory bank": Case(MoCoConfig(projector=(16, 8), queue=24, norm_groups=2, momentum=None)),
     "moco, memory bank, not shuffled": Case(MoCoConfig(projector=(16, 8), queue=24, norm_groups=1, momentum=None)),
