@@ -25,12 +25,14 @@ from jem.config import PretrainConfig
 from jem.data.index import Index, open_index
 from jem.data.plan import Plan, Position
 from jem.data.read import count_classes, local_batches, read_rows
+from jem.encoder import Encoder
 from jem.evaluate.judge import Features, judge
-from jem.methods import Method, build_method
+from jem.methods import build_method
+from jem.models.backbones import build_backbone
 from jem.train.checkpoint import State
 from jem.train.loop import fit
 from jem.train.online import encoder_of
-from jem.train.watch import HEALTH, Summary
+from jem.train.watch import Summary
 from pipelines.settings import dump_config, load_config
 
 CHUNK = 500
@@ -58,6 +60,21 @@ class Trial:
         config = self.config(data).model_copy(update={"data": "train", "test": "test"})
         return hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
 
+    def untrained_key(self, data: str) -> str:
+        """The same for all trials whose untrained encoders, and their judges, are alike."""
+        config = self.config(data)
+        augment = config.augment
+        what = (
+            config.limit,
+            config.stream.canvas,
+            augment.views[0].size,
+            augment.mean,
+            augment.std,
+            config.train.precision,
+        )
+        text = repr((config.backbone, self.seed, config.evaluation, what))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
 
 class Quiet:
     """A reporter that prints the epochs' lines, with the trial's name."""
@@ -82,7 +99,6 @@ def run(trial: Trial, data: str) -> dict[str, Any]:
     index, test = open_index(config.data, config.limit), open_index(f"{data}/test")
     torch.manual_seed(config.seed)
     method = build_method(config.method, config.backbone, count_classes(index), len(index))
-    before = judged(method, config, index, test)
     summary: Summary = {}
 
     def keep(_state: State | None, _step: int, found: Summary) -> None:
@@ -99,7 +115,7 @@ def run(trial: Trial, data: str) -> dict[str, Any]:
     began = time.process_time()
     fit(config, method, source, plan, Quiet(trial.name), keep, device=torch.device("cpu"))
     seconds = time.process_time() - began
-    after = judged(method, config, index, test)
+    after = judged(encoder_of(method, config), config, index, test)
     images = plan.total_steps(config.train.epochs) * config.train.batch_size
     return {
         "name": trial.name,
@@ -110,7 +126,6 @@ def run(trial: Trial, data: str) -> dict[str, Any]:
         "epochs": config.train.epochs,
         "seconds": round(seconds, 1),
         "images_per_second": round(images / seconds, 1),
-        "random": {name: round(value, 4) for name, value in before.items()},
         "trained": {name: round(value, 4) for name, value in after.items()},
         "embedding": {
             name: summary[name] for name in ("std", "spread", "rankme", "correlation", "collapse", "verdict")
@@ -118,9 +133,28 @@ def run(trial: Trial, data: str) -> dict[str, Any]:
     }
 
 
-def judged(method: Method, config: PretrainConfig, index: Index, test: Index) -> dict[str, float]:
-    """kNN, linear probe and spread of the encoder as it is."""
-    encoder = encoder_of(method, config).eval()
+def run_untrained(trial: Trial, data: str) -> dict[str, Any]:
+    """Judge the untrained encoder of a trial's kind: one row."""
+    torch.set_num_threads(1)
+    config = trial.config(data)
+    torch.manual_seed(config.seed)
+    augment = config.augment
+    encoder = Encoder(
+        build_backbone(config.backbone), config.backbone, augment.views[0].size, augment.mean, augment.std
+    )
+    found = judged(encoder, config, open_index(config.data, config.limit), open_index(f"{data}/test"))
+    return {
+        "name": "untrained",
+        "backbone": config.backbone.name,
+        "seed": trial.seed,
+        "key": trial.untrained_key(data),
+        "trained": {name: round(value, 4) for name, value in found.items()},
+    }
+
+
+def judged(encoder: Encoder, config: PretrainConfig, index: Index, test: Index) -> dict[str, float]:
+    """kNN, linear probe and spread of an encoder."""
+    encoder.eval()
 
     @torch.no_grad()
     def features(of: Index) -> Features:
@@ -135,23 +169,21 @@ def judged(method: Method, config: PretrainConfig, index: Index, test: Index) ->
     return judge(features(index), features(test), config.evaluation, config.seed)
 
 
-def run_all(trials: Sequence[Trial], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run the trials that have no line in `options.out`, `options.jobs` at a time; all rows, in the trials' order."""
+def run_all(trials: Sequence[Trial], options: argparse.Namespace) -> None:
+    """Run what has no line in `options.out`, `options.jobs` at a time: the trials, and their untrained encoders."""
     out: Path = options.out
-    keys = {trial.key(options.data): trial for trial in trials}
     done = _read(out)
-    waiting = [(key, trial) for key, trial in keys.items() if key not in done]
-    print(f"{len(trials)} trials, {len(trials) - len(waiting)} of them done before", flush=True)
+    jobs = {trial.untrained_key(options.data): (run_untrained, trial) for trial in trials}
+    jobs |= {trial.key(options.data): (run, trial) for trial in trials}
+    waiting = [job for key, job in jobs.items() if key not in done]
+    print(f"{len(trials)} trials, {len(waiting)} things to do", flush=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        running = [pool.submit(run, trial, options.data) for _, trial in waiting]
-        for future in as_completed(running):
+        for future in as_completed([pool.submit(job, trial, options.data) for job, trial in waiting]):
             row = future.result()
-            done[row["key"]] = row
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            print(f"done {row['name']}: kNN {row['random']['knn']:.1%} -> {row['trained']['knn']:.1%}", flush=True)
-    return [done[key] for key in keys]
+            print(f"done {row['name']}: kNN {row['trained']['knn']:.1%}", flush=True)
 
 
 def _read(out: Path) -> dict[str, dict[str, Any]]:
@@ -175,10 +207,15 @@ def options(description: str, out: str) -> argparse.Namespace:
 
 
 def selected(trials: Sequence[Trial], chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows asked for: run, or with `--table` those that are there."""
+    """The rows asked for, run if they are not there (unless `--table`); `random` is the untrained encoder's figures."""
     if chosen.only:
         trials = [trial for trial in trials if trial.name.startswith(tuple(chosen.only))]
     if not chosen.table:
-        return run_all(trials, chosen)
+        run_all(trials, chosen)
     done = _read(chosen.out)
-    return [done[key] for trial in trials if (key := trial.key(chosen.data)) in done]
+    rows = []
+    for trial in trials:
+        row, untrained = done.get(trial.key(chosen.data)), done.get(trial.untrained_key(chosen.data))
+        if row is not None and untrained is not None:
+            rows.append(row | {"random": untrained["trained"]})
+    return rows
