@@ -6,7 +6,8 @@ Grill et al., "Bootstrap Your Own Latent: a new approach to self-supervised lear
     after the optimizer's step:  target = tau target + (1 - tau) online   (equation 1)
 
 p is the predictor's output for one view, z'_target the target network's projection of the other. The target's batch
-norms take the statistics of the batch, as the online network's do, and keep running ones of their own.
+norms take the statistics of the batch, as the online network's do, and keep running ones of their own. The projector's
+last layer has no bias: the predictor's batch norm would take it out of p, so it would never be trained.
 
 A second rule is known for the target: the online weights times a scalar, target = scale * online, after each step.
 Without stop-gradient there is no target network: z and z' are the online network's, and get a gradient too.
@@ -47,7 +48,7 @@ class BYOL(Method):
 
     def __init__(self, config: BYOLConfig, backbone: BackboneConfig) -> None:
         super().__init__(config)
-        self.online = Branch(backbone, config.projector, norm=config.norm)
+        self.online = Branch(backbone, config.projector, last_bias=False, norm=config.norm)
         self.predictor: nn.Module = nn.Identity()
         if config.predictor is not None:
             width = config.projector[-1]

@@ -147,7 +147,10 @@ CASES: dict[str, Case] = {
         MoCoConfig(projector=(16, 8), queue=24, norm_groups=2, momentum=MomentumConfig(tau=0.0, schedule="constant"))
     ),
     "moco, symmetric, masked": Case(
-        MoCoConfig(projector=(16, 8), queue=24, symmetric=True, norm_groups=2), TOKENS, masked=True
+        MoCoConfig(projector=(16, 8), queue=24, symmetric=True, norm_groups=2),
+        TOKENS,
+        masked=True,
+        without_gradient=("branch.backbone.norm.bias",),  # the projector's norm takes it out again
     ),
     "moco, memory bank": Case(MoCoConfig(projector=(16, 8), queue=24, norm_groups=2, momentum=None)),
     "moco, memory bank, not shuffled": Case(MoCoConfig(projector=(16, 8), queue=24, norm_groups=1, momentum=None)),
@@ -182,7 +185,7 @@ CASES: dict[str, Case] = {
     "byol, tau = 1": Case(
         BYOLConfig(projector=(16, 8), predictor=(16,), momentum=MomentumConfig(tau=1.0, schedule="constant"))
     ),
-    "simsiam": Case(SimSiamConfig(projector=(16, 16, 8), predictor=4)),
+    "simsiam": Case(SimSiamConfig(projector=(16, 16, 8), predictor=6)),
     "simsiam, no predictor, with variance and covariance terms": Case(
         SimSiamConfig(projector=(16, 8), predictor=None, norm=False, regularise=RegulariseConfig())
     ),
