@@ -185,7 +185,7 @@ CASES: dict[str, Case] = {
     "byol, tau = 1": Case(
         BYOLConfig(projector=(16, 8), predictor=(16,), momentum=MomentumConfig(tau=1.0, schedule="constant"))
     ),
-    "simsiam": Case(SimSiamConfig(projector=(16, 16, 8), predictor=6)),
+    "simsiam": Case(SimSiamConfig(projector=(16, 8, 8), predictor=5)),
     "simsiam, no predictor, with variance and covariance terms": Case(
         SimSiamConfig(projector=(16, 8), predictor=None, norm=False, regularise=RegulariseConfig())
     ),
