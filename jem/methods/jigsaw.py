@@ -12,9 +12,10 @@ so that the set is the same everywhere. The paper draws the first one; here it i
 
 from __future__ import annotations
 
-from itertools import permutations
+from itertools import chain, permutations
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -36,20 +37,19 @@ def distant_permutations(count: int, length: int = PATCHES) -> Tensor:
     Raises:
         ValueError: there are not so many.
     """
-    every = torch.tensor(list(permutations(range(length))), dtype=torch.uint8)
-    if count > len(every):
-        raise ValueError(f"there are {len(every)} permutations of {length}, and not {count}")
-    nearest = torch.full((len(every),), length, dtype=torch.int64)
-    total = torch.zeros(len(every), dtype=torch.int64)
+    # a column for each, in lexicographic order; numpy's argmax takes the first of the largest
+    numbers = np.fromiter(chain.from_iterable(permutations(range(length))), np.uint8)
+    every = np.ascontiguousarray(numbers.reshape(-1, length).T)
+    if count > every.shape[1]:
+        raise ValueError(f"there are {every.shape[1]} permutations of {length}, and not {count}")
+    nearest, total = np.full(every.shape[1], length, np.int32), np.zeros(every.shape[1], np.int32)
     chosen = [0]
     while len(chosen) < count:
-        distance = (every != every[chosen[-1]]).sum(dim=1)
-        nearest, total = torch.minimum(nearest, distance), total + distance
-        # numbers in order of both; no total exceeds length * count. The first of the largest is argmax's choice on
-        # the CPU, but not by contract: take it by name
-        score = nearest * (length * count + 1) + total
-        chosen.append(int((score == score.max()).nonzero()[0]))
-    return every[chosen].long()
+        distance = (every != every[:, chosen[-1:]]).sum(axis=0, dtype=np.int32)
+        nearest, total = np.minimum(nearest, distance), total + distance
+        # in the order of both, as no total exceeds length * count
+        chosen.append(int(np.argmax(nearest * (length * count + 1) + total)))
+    return torch.from_numpy(every[:, chosen].T.astype(np.int64))
 
 
 def standard_patches(patches: Tensor) -> Tensor:
