@@ -147,10 +147,10 @@ CASES: dict[str, Case] = {
         MoCoConfig(projector=(16, 8), queue=24, norm_groups=2, momentum=MomentumConfig(tau=0.0, schedule="constant"))
     ),
     "moco, symmetric, masked": Case(
-        MoCoConfig(projector=(16, 8), queue=24, symmetric=True, norm_groups=2),
+        # a norm in the projector would take out the backbone's last bias, and leave it without a gradient
+        MoCoConfig(projector=(8,), queue=24, symmetric=True, norm_groups=2),
         TOKENS,
         masked=True,
-        without_gradient=("branch.backbone.norm.bias",),  # the projector's norm takes it out again
     ),
     "moco, memory bank": Case(MoCoConfig(projector=(16, 8), queue=24, norm_groups=2, momentum=None)),
     "moco, memory bank, not shuffled": Case(MoCoConfig(projector=(16, 8), queue=24, norm_groups=1, momentum=None)),

@@ -198,6 +198,13 @@ def test_a_mask_of_the_jigsaws_view_is_refused() -> None:
             {"backbone": {"name": "vit_tiny"}, "method": {"name": "pirl", "patch_size": 60}},
             "patch_size 60 is not a multiple of backbone.patch 16",
         ),
+        (
+            {
+                "augment": {"views": [{"count": 2, "mask": {}}]},
+                "backbone": {"name": "vit_tiny"},
+            },
+            "give a mask to the first only",
+        ),
         ({"augment": {"views": [{"count": 3}]}}, "exactly 2 views for PIRL"),
         ({"method": {"name": "pirl", "lam": 1.5}}, "less than or equal to 1"),
     ],

@@ -157,10 +157,14 @@ class PIRLConfig(JointSettings):
     def check(self, run: PretrainConfig) -> None:
         """See the base class."""
         super().check(run)
-        size, backbone = run.augment.views[-1].size, run.backbone
-        if size < 9:
+        view, backbone = run.augment.views[-1], run.backbone
+        if view.size < 9:
             raise ValueError(
-                f"the second of augment.views has {size} pixels, too few for PIRL's 3 x 3 patches: raise its size"
+                f"the second of augment.views has {view.size} pixels, too few for PIRL's 3 x 3 patches: raise its size"
+            )
+        if view.mask is not None:
+            raise ValueError(
+                "the second of augment.views has a mask, and PIRL takes that view apart: give a mask to the first only"
             )
         if backbone.is_vit and self.patch_size % backbone.patch:
             raise ValueError(
