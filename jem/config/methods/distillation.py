@@ -160,7 +160,7 @@ class Data2vecConfig(JointSettings):
         views="one",
     )
     name: Literal["data2vec"] = "data2vec"
-    top: PositiveInt = Field(6, description="K, the last blocks of the teacher whose mean is the target")
+    top: PositiveInt = Field(6, le=12, description="K, the last blocks of the teacher whose mean is the target")
     loss: Literal["smooth_l1", "l2"] = Field("smooth_l1", description="between prediction and target")
     beta: PositiveFloat = Field(2.0, description="where smooth_l1 turns from squared to absolute")
     momentum: MomentumConfig = Field(
