@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 __all__ = ["Method", "Progress", "StepOutput", "build_method"]
 
 
-def build_method(  # noqa: C901 - a case for each method
+def build_method(  # noqa: C901, PLR0912 - a case for each method
     config: MethodConfig, backbone: BackboneConfig, classes: int | None = None, images: int | None = None
 ) -> Method:
     """Make the method of `config`, its weights drawn from torch's global generator.
