@@ -112,6 +112,16 @@ def test_it_learns_the_puzzles_of_pictures_with_nine_kinds_of_patches() -> None:
     assert method(given).terms["accuracy"] > 0.9
 
 
-def test_a_view_that_is_too_small_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"augment.views of 8 pixels have no 3 x 3 patches"):
-        PretrainConfig.model_validate({"data": "x", "augment": {"views": [{"size": 8}]}, "method": {"name": "jigsaw"}})
+@pytest.mark.parametrize(
+    ("view", "backbone", "words"),
+    [
+        ({"size": 8}, {}, "8 pixels, too few for 3 x 3 patches: set size to 9 or more"),
+        ({"size": 32, "mask": {"patch": 4}}, {"name": "vit_tiny", "patch": 4}, "has a mask, and the jigsaw puzzle"),
+        ({"size": 42}, {"name": "vit_tiny", "patch": 7}, "patch 64 is not a multiple of backbone.patch 7"),
+    ],
+)
+def test_views_that_make_no_puzzle_are_refused(view: dict, backbone: dict, words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        PretrainConfig.model_validate(
+            {"data": "x", "augment": {"views": [view]}, "backbone": backbone, "method": {"name": "jigsaw"}}
+        )

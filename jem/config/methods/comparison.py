@@ -84,9 +84,16 @@ class JigsawConfig(MethodSettings):
     def check(self, run: PretrainConfig) -> None:
         """See the base class."""
         super().check(run)
-        size = run.augment.views[0].size
-        if size < 9:
-            raise ValueError(f"augment.views of {size} pixels have no 3 x 3 patches to speak of: set size to 9 or more")
+        view, backbone = run.augment.views[0], run.backbone
+        if view.size < 9:
+            raise ValueError(f"augment.views has {view.size} pixels, too few for 3 x 3 patches: set size to 9 or more")
+        if view.mask is not None:
+            raise ValueError("augment.views has a mask, and the jigsaw puzzle takes the view apart: leave it out")
+        if backbone.is_vit and self.patch % backbone.patch:
+            raise ValueError(
+                f"method.patch {self.patch} is not a multiple of backbone.patch {backbone.patch}, which a ViT needs: "
+                "change one of them"
+            )
 
 
 class RotationConfig(MethodSettings):
