@@ -219,6 +219,25 @@ def test_views_made_in_a_pool_are_those_of_the_device(undisturbed, digits_datase
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
+def test_masks_and_views_of_two_sizes_train_a_vit_wherever_they_are_made(
+    ray_cluster, digits_dataset, digits_test, storage
+):
+    values = config_of(digits_dataset, digits_test, storage, "masked").model_dump()
+    values["backbone"] = {"name": "vit_tiny", "patch": 8}
+    masked = {"size": 32, "mask": {"patch": 8, "kind": "block", "block": 4, "ratio": 0.5}}
+    values["augment"]["views"] = [masked, {"size": 16}]
+    values["train"] |= {"epochs": 1, "checkpoint_every": None}
+    values["evaluation"] |= {"probe": None}
+    kept = {}
+    for placement in ("device", "pool"):
+        values["name"] = f"masked-{placement}"
+        values["augment"] |= {"placement": placement, "pool_cpus": 0.2}
+        result = pretrain(PretrainConfig.model_validate(values))
+        kept[placement] = checkpoint.load(storage / result.name / "step-00000003").model
+        assert jem.load_encoder(f"models:/masked/{len(kept)}").input_size == 32
+    assert [name for name, value in kept["device"].items() if not torch.equal(value, kept["pool"][name])] == []
+
+
 def test_a_collapse_is_named_in_the_terminal_and_in_the_tags(undisturbed, digits_dataset, digits_test, storage, capsys):
     values = config_of(digits_dataset, digits_test, storage, "collapsing").model_dump()
     values["method"]["mu"] = 0.0
