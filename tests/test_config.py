@@ -59,7 +59,7 @@ def test_every_section_says_what_it_is(job: type[BaseModel]):
         ({"augment": {"views": [{"count": 2, "size": 8, "blur": {"kernel": 23}}]}}, "too large for a view of 8"),
         ({"augment": {"views": [{"count": 2, "blur": {"kernel": 4}}]}}, "kernel must be odd"),
         ({"augment": {"views": [{"count": 2, "jitter": {"hue": 0.7}}]}}, "less than or equal to 0.5"),
-        ({"method": {"name": "byol"}}, "vicreg"),
+        ({"method": {"name": "vicregg"}}, "vicreg"),
         ({"method": {"name": "vicreg", "label_smoothing": 0.1}}, "Extra inputs"),
         ({"optimizer": {"name": "adamw", "eta": 0.1}}, "Extra inputs"),
         ({"optimizer": {"name": "adamw", "lr": float("nan")}}, "finite"),
