@@ -2,9 +2,9 @@
 
     python benchmarks/ablations.py [--data FOLDER] [--only byol] [--table]
 
-The CPU recipes with one setting changed, for 156 steps of 128 images. The second part is VICReg's tables 4 and 5 in small: its
-variance and covariance terms on other methods without their safeguards, and branches that share nothing. Resumable as
-benchmarks/methods.py.
+The CPU recipes with one setting changed, for 156 steps of 128 images. The second part is VICReg's tables 4 and 5 in
+small: its variance and covariance terms on other methods without their safeguards, and branches that share nothing.
+Resumable as benchmarks/methods.py.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def source_of(config: PretrainConfig, plan: Plan, rank: int = 0) -> Callable[[Po
 def run(config: PretrainConfig, state: State | None = None, method: Method | None = None) -> Told:
     told, plan = Told(), plan_of(config, distributed.world())
     torch.manual_seed(config.seed)
-    method = method or build_method(config.method, config.backbone)
+    method = method or build_method(config.method, config.backbone, None, len(open_index(config.data, config.limit)))
     source = source_of(config, plan, distributed.rank())
     fit(config, method, source, plan, told, told.keep, device=CPU, state=state)
     return told
@@ -120,6 +120,35 @@ def test_a_run_resumed_after_any_step_ends_with_the_same_weights_bit_for_bit(dig
         for name in ("train/loss", "train/lr", "health/std"):
             after = {step: value for step, value in whole.numbers[name].items() if step > interrupted.step}
             assert rest.numbers[name] == after
+
+
+MEMORIES = {
+    "byol": {"projector": (16, 8), "predictor": (16, 8)},
+    "moco": {"projector": (16, 8), "queue": 64, "norm_groups": 4},
+    "pirl": {"projector": (8,), "patch_size": 16, "negatives": 32},
+    "swav": {"projector": (16, 8), "prototypes": 8, "queue": 64, "queue_from_epoch": 1},
+    "deepcluster": {"projector": (16, 8), "prototypes": (6, 4)},
+    "obow": {"words": 32},
+    "directpred": {"projector": (16, 8)},
+    "dino": {"projector": (16, 8), "prototypes": 32},
+}
+
+
+@pytest.mark.parametrize("name", list(MEMORIES))
+def test_what_a_method_remembers_outlives_an_interruption_in_mid_epoch_bit_for_bit(digits_dataset, tmp_path, name):
+    """Queues in their order, banks by id, assignments of the epoch, teachers, centres, closed-form predictors."""
+
+    def config() -> PretrainConfig:
+        values = config_of(digits_dataset).model_dump() | {"method": {"name": name, **MEMORIES[name]}}
+        return PretrainConfig.model_validate(values)
+
+    whole = run(config())
+    interrupted = whole.states[3]
+    assert interrupted.step == 4, "one step of the second epoch is done, two are not"
+    checkpoint.save(interrupted, tmp_path)
+    rest = run(config(), checkpoint.load(tmp_path))
+    assert rest.kept_at == [5, 6]
+    assert same(rest.states[-1], whole.states[-1])
 
 
 def test_another_seed_or_a_lost_step_ends_with_other_weights(digits_dataset):
