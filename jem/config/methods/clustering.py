@@ -20,7 +20,7 @@ class SwAVConfig(JointSettings):
         title="SwAV",
         family="clustering",
         prevents="equal partition (Sinkhorn-Knopp)",
-        paper="Caron, Misra, Mairal, Goyal, Bojanowski, Joulin, 2020, arXiv 2006.09882",
+        paper="Caron et al., 2020, arXiv 2006.09882",
         needs=("clusters", "multi-crop"),
         views="many",
         bears=256,
@@ -66,7 +66,7 @@ class DeepClusterConfig(JointSettings):
         title="DeepCluster v2",
         family="clustering",
         prevents="k-means over the whole data set",
-        paper="Caron, Misra, Mairal, Goyal, Bojanowski, Joulin, 2020, arXiv 2006.09882; Caron et al., 2018, 1807.05520",
+        paper="Caron et al., 2020, arXiv 2006.09882; Caron et al., 2018, arXiv 1807.05520",
         needs=("clusters", "ids", "multi-crop"),
         views="many",
     )
@@ -105,7 +105,7 @@ class OBoWConfig(JointSettings):
         title="OBoW",
         family="clustering",
         prevents="visual words of a momentum teacher",
-        paper="Gidaris, Bursuc, Puy, Komodakis, Cord, Perez, 2021, arXiv 2012.11552",
+        paper="Gidaris et al., 2021, arXiv 2012.11552",
         needs=("clusters", "momentum", "multi-crop"),
         views="many",
     )

@@ -20,7 +20,7 @@ class SupervisedConfig(MethodSettings):
         title="Supervised",
         family="comparison",
         prevents="labels",
-        paper="He, Zhang, Ren, Sun, 2016, arXiv 1512.03385",
+        paper="He et al., 2016, arXiv 1512.03385",
         needs=("labels",),
     )
     name: Literal["supervised"] = "supervised"
@@ -37,7 +37,7 @@ class DenoisingConfig(MethodSettings):
         title="Denoising autoencoder",
         family="comparison",
         prevents="reconstruction of the pixels",
-        paper="Vincent, Larochelle, Bengio, Manzagol, 2008, ICML",
+        paper="Vincent et al., 2008, ICML",
         views="one",
     )
     name: Literal["denoising"] = "denoising"
@@ -67,7 +67,7 @@ class JigsawConfig(MethodSettings):
         title="Jigsaw puzzle",
         family="comparison",
         prevents="a pretext task: the order of 9 patches",
-        paper="Noroozi, Favaro, 2016, arXiv 1603.09246",
+        paper="Noroozi and Favaro, 2016, arXiv 1603.09246",
         views="one",
     )
     name: Literal["jigsaw"] = "jigsaw"
@@ -103,7 +103,7 @@ class RotationConfig(MethodSettings):
         title="Rotation prediction",
         family="comparison",
         prevents="a pretext task: the rotation by 0, 90, 180 or 270 degrees",
-        paper="Gidaris, Singh, Komodakis, 2018, arXiv 1803.07728",
+        paper="Gidaris et al., 2018, arXiv 1803.07728",
         views="one",
     )
     name: Literal["rotation"] = "rotation"
@@ -119,7 +119,7 @@ class TripletConfig(JointSettings):
         title="Triplet loss",
         family="comparison",
         prevents="negatives, a margin further away than the positive",
-        paper="Wang, Gupta, 2015, arXiv 1505.00687; Schroff, Kalenichenko, Philbin, 2015, arXiv 1503.03832",
+        paper="Wang and Gupta, 2015, arXiv 1505.00687; Schroff et al., 2015, arXiv 1503.03832",
         needs=("negatives",),
     )
     name: Literal["triplet"] = "triplet"
@@ -145,7 +145,7 @@ class MarginConfig(JointSettings):
         title="Margin loss",
         family="comparison",
         prevents="negatives, pushed a margin away",
-        paper="Hadsell, Chopra, LeCun, 2006, CVPR",
+        paper="Hadsell et al., 2006, CVPR",
         needs=("negatives",),
     )
     name: Literal["margin"] = "margin"

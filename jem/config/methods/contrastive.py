@@ -35,7 +35,7 @@ class SimCLRConfig(JointSettings):
         title="SimCLR",
         family="contrastive",
         prevents="negatives from the batch",
-        paper="Chen, Kornblith, Norouzi, Hinton, 2020, arXiv 2002.05709",
+        paper="Chen et al., 2020, arXiv 2002.05709",
         needs=("negatives",),
         bears=128,
     )
@@ -56,7 +56,7 @@ class MoCoConfig(JointSettings):
         title="MoCo",
         family="contrastive",
         prevents="negatives from a queue",
-        paper="He, Fan, Wu, Xie, Girshick, 2020, arXiv 1911.05722",
+        paper="He et al., 2020, arXiv 1911.05722",
         needs=("negatives", "momentum"),
         bears=32,
     )
@@ -114,7 +114,7 @@ class MoCoV3Config(JointSettings):
         title="MoCo v3",
         family="contrastive",
         prevents="negatives from the batch",
-        paper="Chen, Xie, He, 2021, arXiv 2104.02057",
+        paper="Chen et al., 2021, arXiv 2104.02057",
         needs=("negatives", "momentum", "predictor"),
         bears=128,
     )
@@ -141,7 +141,7 @@ class PIRLConfig(JointSettings):
         title="PIRL",
         family="contrastive",
         prevents="negatives from a bank of all images",
-        paper="Misra, van der Maaten, 2020, arXiv 1912.01991",
+        paper="Misra and van der Maaten, 2020, arXiv 1912.01991",
         needs=("negatives", "ids"),
     )
     name: Literal["pirl"] = "pirl"

@@ -75,7 +75,7 @@ class SimSiamConfig(JointSettings):
         title="SimSiam",
         family="distillation",
         prevents="predictor and stop-gradient",
-        paper="Chen, He, 2021, arXiv 2011.10566",
+        paper="Chen and He, 2021, arXiv 2011.10566",
         needs=("predictor",),
     )
     name: Literal["simsiam"] = "simsiam"
@@ -99,7 +99,7 @@ class DirectPredConfig(JointSettings):
         title="DirectPred",
         family="distillation",
         prevents="predictor that is set from the embeddings' correlation",
-        paper="Tian, Chen, Ganguli, 2021, arXiv 2102.06810",
+        paper="Tian et al., 2021, arXiv 2102.06810",
         needs=("momentum", "predictor"),
     )
     name: Literal["directpred"] = "directpred"

@@ -21,7 +21,7 @@ class VICRegConfig(MethodSettings):
         title="VICReg",
         family="regularised",
         prevents="variance and covariance terms",
-        paper="Bardes, Ponce, LeCun, 2022, arXiv 2105.04906",
+        paper="Bardes et al., 2022, arXiv 2105.04906",
         scaled=True,
         bears=64,
     )
@@ -55,7 +55,7 @@ class BarlowConfig(JointSettings):
         title="Barlow Twins",
         family="regularised",
         prevents="cross-correlation matrix near the identity",
-        paper="Zbontar, Jing, Misra, LeCun, Deny, 2021, arXiv 2103.03230",
+        paper="Zbontar et al., 2021, arXiv 2103.03230",
         bears=64,
     )
     name: Literal["barlow"] = "barlow"
@@ -85,7 +85,7 @@ class WMSEConfig(JointSettings):
         title="W-MSE",
         family="regularised",
         prevents="whitened embeddings",
-        paper="Ermolov, Siarohin, Sangineto, Sebe, 2021, arXiv 2007.06346",
+        paper="Ermolov et al., 2021, arXiv 2007.06346",
         views="many",
         bears=128,
     )
