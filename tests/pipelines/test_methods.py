@@ -19,7 +19,7 @@ def test_every_method_is_listed_with_all_that_a_user_chooses_by(capsys: pytest.C
 
 
 def test_the_readmes_table_is_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["methods", "--markdown", "true"]) == 0
+    assert main(["methods", "--markdown"]) == 0
     assert capsys.readouterr().out in (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
