@@ -300,7 +300,8 @@ def test_help_gives_each_setting_its_description_and_default(capsys: pytest.Capt
     main(["pretrain", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "--train.batch_size int global: all workers together (default: 256)" in said
-    assert "--optimizer.lr float base rate for a global batch of 256 (lars: 0.3, sgd: 0.06, adam: 0.001, adamw: 0.001)" in said
+    rates = "(lars: 0.3, sgd: 0.06, adam: 0.001, adamw: 0.001)"
+    assert f"--optimizer.lr float base rate for a global batch of 256 {rates}" in said
     assert "--method.mu float mu, weight of the variance term; 0 collapses (default: 25.0)" in said
     assert "From Parquet shards to uint8 batches." in said
 
