@@ -29,7 +29,7 @@ from pydantic_settings import (
 
 from jem.config import METHODS, PretrainConfig, Section
 from jem.errors import InputError
-from pipelines.complaints import Layer, complaints, models_of, unknown
+from pipelines.complaints import Layer, complaints, models_of, paths_of, unknown
 
 C = TypeVar("C", bound=Section)
 RECIPES = resources.files("jem") / "recipes"
@@ -48,8 +48,6 @@ def load_config(schema: type[C], argv: Sequence[str], *, prog: str = "jem", posi
         InputError: an unknown recipe, file, option or key, or a value that the schema refuses; one line each.
         SystemExit: status 0, after `--help`.
     """
-    if "-h" in argv or "--help" in argv:
-        show_help(schema, argv, prog=prog, positional=positional)
     line = read_command_line(schema, argv, prog=prog, positional=positional)
     layers = [("", defaults_of(schema))]
     if (recipe := line.pop("recipe", None)) is not None:
@@ -164,27 +162,44 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} ({self.prog} --help lists the options)")
 
 
-def show_help(schema: type[BaseModel], argv: Sequence[str], *, prog: str, positional: Sequence[str]) -> NoReturn:
-    """Print a job's settings; of the methods' only those of the one that `argv` chooses, by its name or a recipe."""
-    method = None
-    if "method" in schema.model_fields:
-        parser = _Parser(prog=prog, add_help=False, allow_abbrev=False)
-        for option in ("--method.name", "--recipe", "--config"):
-            parser.add_argument(option, dest=option)
-        given = vars(parser.parse_known_args(list(argv))[0])
-        chosen = schema.model_fields["method"].default.name
-        for option, read in (("--recipe", read_recipe), ("--config", lambda file: read_yaml(Path(file)))):
-            if given[option] is not None:
-                chosen = read(given[option]).get("method", {}).get("name", chosen)
-        chosen = given["--method.name"] or chosen
-        method = METHODS.get(chosen)
+def chosen_method(schema: type[BaseModel], argv: Sequence[str]) -> str | None:
+    """Name of the method that `argv` chooses, by itself, a file or a recipe; None if the job has no method."""
+    if "method" not in schema.model_fields:
+        return None
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for option in ("--method.name", "--config", "--recipe"):
+        parser.add_argument(option, dest=option)
+    given = vars(parser.parse_known_args(list(argv))[0])
+    names: list[str | None] = [given["--method.name"]]
+    if given["--config"] is not None:
+        names.append(_method_in(read_yaml(Path(given["--config"]))))
+    if given["--recipe"] is not None:
+        names.append(_method_in(read_recipe(given["--recipe"])))
+    names.append(schema.model_fields["method"].default.name)
+    return next(name for name in names if name)
+
+
+def _method_in(layer: Layer) -> str | None:
+    method = layer.get("method")
+    return str(method["name"]) if isinstance(method, dict) and "name" in method else None
+
+
+def narrowed(schema: type[BaseModel], method: str | None) -> type[BaseModel]:
+    """The schema with the settings of one method only: a setting may mean another thing, of another type, elsewhere."""
+    if method not in METHODS:
+        return schema
+    fields: dict[str, Any] = {"method": (METHODS[method], FieldInfo(default=METHODS[method](name=method)))}
+    narrow = create_model(schema.__name__, __base__=schema, **fields)
+    narrow.__doc__ = schema.__doc__
+    return narrow
+
+
+def show_help(schema: type[BaseModel], method: str | None, prog: str, positional: Sequence[str]) -> NoReturn:
+    """Print a job's settings; of the methods' those of `method`."""
     if method is not None:
-        narrowed: dict[str, Any] = {"method": (method, FieldInfo(default=method(name=chosen)))}
-        doc = schema.__doc__
-        schema = create_model(schema.__name__, __base__=schema, **narrowed)
         schema.__doc__ = (
-            f"{doc}\n\nThe method's settings are those of {chosen}; --method.name NAME --help or --recipe NAME "
-            "--help\nshows another's, `jem methods` lists them."
+            f"{schema.__doc__}\n\nThe method's settings are those of {method}; --method.name NAME --help, or\n"
+            "--recipe NAME --help, shows another's; `jem methods` lists them."
         )
     _parser(schema, prog, positional)[0].print_help()
     raise SystemExit(0)
@@ -192,11 +207,19 @@ def show_help(schema: type[BaseModel], argv: Sequence[str], *, prog: str, positi
 
 def read_command_line(schema: type[BaseModel], argv: Sequence[str], *, prog: str, positional: Sequence[str]) -> Layer:
     """What the command line gave, as nested settings, with `recipe` and `config` among them."""
+    method = chosen_method(schema, argv)
+    every, schema = schema, narrowed(schema, method)
+    if "-h" in argv or "--help" in argv:
+        show_help(schema, method, prog, positional)
     parser, source = _parser(schema, prog, positional)
     given, rest = parser.parse_known_args(list(argv))
     for word in rest:
         if word.startswith("-"):
-            raise InputError(unknown(schema, word.lstrip("-").partition("=")[0], option=True))
+            path = word.lstrip("-").partition("=")[0]
+            other = path.startswith("method.") and path in paths_of(every)
+            raise InputError(
+                unknown(every, path, option=not other, models=[METHODS[method]] if other and method else [])
+            )
     if rest:
         raise InputError(
             f"unexpected argument {rest[0]!r}: an option's value follows its name, {prog} --help lists them"
@@ -213,7 +236,7 @@ def read_command_line(schema: type[BaseModel], argv: Sequence[str], *, prog: str
 
 
 def _unwrapped(schema: type[BaseModel], layer: Layer) -> Layer:
-    """Undo that pydantic-settings makes a list of `--method.branches separate`, because it could be one."""
+    """Undo that pydantic-settings makes a list of `--method.branches separate`, or of a null, that could be one."""
     words: Layer = {}
     for name, value in layer.items():
         annotation = schema.model_fields[name].annotation if name in schema.model_fields else None
@@ -221,6 +244,8 @@ def _unwrapped(schema: type[BaseModel], layer: Layer) -> Layer:
         if isinstance(value, dict):
             for model in models_of(annotation):
                 words[name] = _unwrapped(model, words[name])
+        elif value == [None] and type(None) in get_args(annotation):
+            words[name] = None
         elif isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
             one_of_words = any(get_origin(part) is Literal for part in get_args(annotation))
             words[name] = value[0] if one_of_words else value

@@ -306,6 +306,26 @@ def test_help_gives_each_setting_its_description_and_default(capsys: pytest.Capt
     assert "From Parquet shards to uint8 batches." in said
 
 
+@pytest.mark.parametrize(
+    ("recipe", "argv", "setting", "value"),
+    [
+        ("deepcluster-cifar10-cpu", ["--method.prototypes", "[50, 50]"], "prototypes", (50, 50)),
+        ("swav-cifar10-cpu", ["--method.prototypes", "50"], "prototypes", 50),
+        ("byol-cifar10-cpu", ["--method.predictor", "null"], "predictor", None),
+        ("simsiam-cifar10-cpu", ["--method.predictor", "64"], "predictor", 64),
+        ("moco-cifar10-cpu", ["--method.momentum", "null"], "momentum", None),
+        ("vicreg-cifar10", ["--method.name", "byol", "--method.predictor", "[8, 8]"], "predictor", (8, 8)),
+    ],
+)
+def test_a_setting_has_the_type_that_the_chosen_method_gives_it(recipe, argv, setting, value):
+    assert getattr(load("--recipe", recipe, *argv).method, setting) == value
+
+
+def test_another_methods_setting_is_refused_by_its_name():
+    said = refusal("--recipe", "byol-cifar10-cpu", "--method.mu", "2")
+    assert said.startswith("method.mu is no setting of method byol: that has name, regularise, projector")
+
+
 @pytest.mark.parametrize("chosen", [["--method.name", "supervised"], ["--config", "FILE"]])
 def test_help_shows_the_settings_of_the_method_that_is_chosen(
     chosen: list[str], write: Callable[[str], str], capsys: pytest.CaptureFixture[str]
