@@ -59,15 +59,39 @@ class ResNet(Backbone):
         return self.stages(images)[-1]
 
     def stages(self, images: Tensor) -> list[Tensor]:
-        """Images, float (N, 3, H, W), to the feature maps of the last two stages, the last one's last."""
-        x = self.layer2(self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(images))))))
-        third = self.layer3(x)
-        return [third, self.layer4(third)]
+        """Images, float (N, 3, H, W), to the feature maps of the last two stages, the last one's last.
+
+        Raises:
+            InputError: in bf16 on a CPU, images so small that a stage halves a map of one pixel.
+        """
+        x = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(images)))))
+        maps = []
+        for stage in (self.layer2, self.layer3, self.layer4):
+            refuse_single_pixel(x)
+            x = stage(x)
+            maps.append(x)
+        return maps[-2:]
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images, float (N, 3, H, W), to the representation, (N, dim): the mean of the last feature map."""
         refuse_mask(mask)
         return torch.flatten(functional.adaptive_avg_pool2d(self.features(images), 1), 1)
+
+
+def refuse_single_pixel(x: Tensor) -> None:
+    """Refuse to halve a map, (N, C, h, w), of one pixel in bf16 on a CPU.
+
+    There torch (2.15 at least) leaves the gradient of a 3 x 3 convolution's weight unset but for its centre: it is
+    whatever was in memory.
+
+    Raises:
+        InputError: what helps.
+    """
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[2:] == (1, 1) and torch.is_grad_enabled():
+        raise InputError(
+            "views are too small for this network in bf16 on a CPU (a map of one pixel is halved, whose gradient torch "
+            "gets wrong): raise the views' size, set backbone.stem to stride2 or cifar, or train.precision to fp32"
+        )
 
 
 def refuse_mask(mask: Tensor | None) -> None:

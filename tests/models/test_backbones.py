@@ -109,3 +109,14 @@ def test_it_exports_with_a_dynamic_batch() -> None:
     program = torch.export.export(backbone, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: torch.export.Dim("n")},))
     images = torch.randn(5, 3, 32, 32)
     torch.testing.assert_close(program.module()(images), backbone(images), rtol=1e-4, atol=1e-5)
+
+
+def test_halving_a_single_pixel_in_bf16_on_a_cpu_is_refused_because_torch_gets_its_gradient_wrong() -> None:
+    backbone = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        backbone(torch.randn(2, 3, 32, 32)).sum().backward()
+        with pytest.raises(InputError, match="views are too small for this network in bf16 on a CPU"):
+            backbone(torch.randn(2, 3, 16, 16))
+        with torch.no_grad():
+            assert backbone(torch.randn(2, 3, 16, 16)).shape == (2, 512)
+    assert backbone(torch.randn(2, 3, 16, 16)).shape == (2, 512)
