@@ -33,7 +33,7 @@ from jem.train.checkpoint import State
 from jem.train.loop import fit
 from jem.train.online import encoder_of
 from jem.train.watch import Summary
-from pipelines.settings import dump_config, load_config
+from pipelines.settings import load_config
 
 CHUNK = 500
 """Images per forward pass of the evaluation."""
@@ -56,9 +56,11 @@ class Trial:
         return load_config(PretrainConfig, ["--recipe", self.recipe, *places, "--seed", str(self.seed), *self.settings])
 
     def key(self, data: str) -> str:
-        """Changes with the configuration, but not with where the data is."""
+        """Changes with what is set, but not with where the data is, nor with a setting that is added to the schema."""
         config = self.config(data).model_copy(update={"data": "train", "test": "test"})
-        return hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
+        members = (config.method.name, config.optimizer.name)
+        text = json.dumps([members, config.model_dump(mode="json", exclude_defaults=True)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def untrained_key(self, data: str) -> str:
         """The same for all trials whose untrained encoders, and their judges, are alike."""
