@@ -19,7 +19,7 @@ from jem.train.loop import fit
 
 BATCH, STEPS, SIDE, LENGTH = 32, 16, 16, 256
 RESNET, WAVEFORM = BackboneConfig(stem="stride2"), BackboneConfig(name="resnet18_1d")
-VIT = BackboneConfig(name="vit_tiny", patch=4)
+VIT = BackboneConfig(name="vit_tiny", patch=8)
 
 
 def image(colour: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -37,7 +37,7 @@ def views(kind: str, step: int) -> Views:
     generator = torch.Generator().manual_seed(step)
     common = torch.randn(BATCH, 3, generator=generator)
     second = (waveform if kind == "waveform" else image)(common, generator)
-    masks = [None, torch.rand(BATCH, 16, generator=generator).argsort(dim=1) < 8] if kind == "masked" else None
+    masks = [None, torch.rand(BATCH, 4, generator=generator).argsort(dim=1) < 2] if kind == "masked" else None
     ids = torch.arange(BATCH)
     return Views([image(common, generator), second], ids, torch.full_like(ids, -1), masks)
 

@@ -16,7 +16,7 @@ from jem.methods import Progress, build_method
 from jem.methods.byol import byol_loss
 from jem.methods.directpred import DirectPred, closed_form
 
-SMALL = BackboneConfig(stem="stride2", zero_init=False)
+SMALL = BackboneConfig(stem="cifar", zero_init=False)
 
 
 def views(seed: int = 0) -> Views:

@@ -84,7 +84,7 @@ def test_output_is_the_loss_of_both_views_embeddings() -> None:
     torch.manual_seed(0)
     method = build_method(SimCLRConfig(projector=(16, 8)), SMALL)
     assert isinstance(method, SimCLR)
-    first, second = torch.randn(2, 4, 3, 8, 8)
+    first, second = torch.randn(2, 4, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         out = method(Views([first, second], torch.arange(4), torch.full((4,), -1)))
         z2 = method.branch(second)[1].float()
