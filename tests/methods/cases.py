@@ -168,7 +168,7 @@ CASES: dict[str, Case] = {
     "swav, with variance and covariance terms": Case(
         SwAVConfig(projector=(16, 8), prototypes=6, regularise=RegulariseConfig()), local=1
     ),
-    "deepcluster": Case(DeepClusterConfig(projector=(16, 8), prototypes=(3, 5)), gradient_at=1),
+    "deepcluster": Case(DeepClusterConfig(projector=(16, 8), prototypes=(3, 5)), gradient_at=2),
     "deepcluster, multi-crop": Case(DeepClusterConfig(projector=(16, 8), prototypes=(4,)), local=2, gradient_at=2),
     "deepcluster, original": Case(
         DeepClusterConfig(projector=(16, 8), prototypes=(3, 5), alternation="original"), gradient_at=2
@@ -192,7 +192,7 @@ CASES: dict[str, Case] = {
         SimSiamConfig(projector=(16, 8), predictor=None, norm=False, regularise=RegulariseConfig())
     ),
     "simsiam, without stop-gradient": Case(SimSiamConfig(projector=(16, 16, 8), predictor=4, stop_gradient=False)),
-    "directpred": Case(DirectPredConfig(projector=(16, 8)), gradient_at=1),
+    "directpred": Case(DirectPredConfig(projector=(16, 8)), gradient_at=2),
     "directpred, no momentum": Case(DirectPredConfig(projector=(16, 8), momentum=None, every=2), gradient_at=2),
     "directpred, with variance and covariance terms": Case(
         DirectPredConfig(projector=(16, 8), regularise=RegulariseConfig())

@@ -7,6 +7,7 @@ row to `tests/methods/cases.py`.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -53,6 +54,15 @@ def train_all() -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def workers() -> list[dict[str, dict[str, Any]]]:
     return run_on(2, train_all, deadline=600.0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The networks are so small that two threads only wait for each other, minutes on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def relative(found: Tensor, expected: Tensor, least: float = 1e-300) -> float:
