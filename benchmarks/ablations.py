@@ -46,7 +46,7 @@ ABLATIONS = (
     trial("simsiam", "as it is"),
     trial("simsiam", "without stop-gradient", "--method.stop_gradient", "false"),
     trial("dino", "as it is"),
-    trial("dino", "centring alone", "--method.teacher_temperature", "0.1", "--method.warmup_temperature", "0.1"),
+    trial("dino", "centring alone", "--method.teacher_temperature", "0.1", "--method.first_teacher_temperature", "0.1"),
     trial("dino", "sharpening alone", "--method.centring", "false"),
     trial("moco", "as it is"),
     trial("moco", "m = 0", "--method.momentum", '{"tau": 0.0, "schedule": "constant"}'),

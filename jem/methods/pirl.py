@@ -22,7 +22,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from jem.distributed import all_reduce_mean, gather, world
@@ -74,9 +74,9 @@ class PIRL(Method):
     def __init__(self, config: PIRLConfig, backbone: BackboneConfig, images: int) -> None:
         super().__init__(config)
         dim = config.projector[-1]
-        self.branch = Branch(backbone, config.projector)
-        self.patch_projector = mlp((self.backbone.dim, *config.projector))
-        self.jigsaw = nn.Linear(PATCHES * dim, dim)
+        self.branch = Branch(backbone, config.projector, last_norm=config.norm)
+        self.patch_projector = mlp((self.backbone.dim, *config.projector), last_bias=not config.norm)
+        self.jigsaw = mlp((PATCHES * dim, dim), last_norm=config.norm)
         self.bank = Bank(images, dim)
         self.bank.rows.copy_(functional.normalize(torch.randn_like(self.bank.rows), dim=1))
         self.first_epoch = True

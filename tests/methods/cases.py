@@ -158,6 +158,9 @@ CASES: dict[str, Case] = {
     "moco, memory bank, not shuffled": Case(MoCoConfig(projector=(16, 8), queue=24, norm_groups=1, momentum=None)),
     "mocov3": Case(MoCoV3Config(projector=(16, 8), predictor=(16,))),
     "pirl": Case(PIRLConfig(projector=(8,), patch_size=5, negatives=20), side=18),
+    "pirl, heads that end in a batch norm": Case(
+        PIRLConfig(projector=(8,), norm=True, patch_size=5, negatives=20), side=18
+    ),
     "pirl, heads of two layers, patches resized": Case(
         PIRLConfig(projector=(16, 8), patch_size=6, negatives=5, lam=0.3, bank_momentum=0.0), side=18
     ),

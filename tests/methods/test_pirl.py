@@ -165,6 +165,13 @@ def test_patches_are_shuffled_anew_for_each_image_and_step() -> None:
     assert not torch.allclose(first, jigsaws(1))
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_norm_keeps_the_mean_of_both_heads_at_0(norm: bool) -> None:
+    method, given = make(norm=norm), views([0, 1, 2, 3])
+    for embedding in (method.branch(given.views[0])[1], method.jigsaw_embedding(given.views[1])):
+        assert (embedding.mean(dim=0).norm() < 1e-9).item() is norm
+
+
 def test_every_part_learns() -> None:
     method = make()
     method(views([0, 1, 2, 3])).loss.backward()

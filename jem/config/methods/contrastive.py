@@ -148,6 +148,11 @@ class PIRLConfig(JointSettings):
     projector: tuple[PositiveInt, ...] = Field(
         (128,), min_length=1, description="widths of the layers of either head; the paper's are linear"
     )
+    norm: bool = Field(
+        False,
+        description="batch norm at the end of either head, which keeps the embeddings' mean at 0: the rows of the bank "
+        "are an epoch old, and early in a training the mean moves away from them",
+    )
     patch_size: PositiveInt = Field(64, description="side in pixels of a patch as the backbone gets it")
     negatives: PositiveInt = Field(4096, description="rows of the bank, drawn anew for each batch; the paper: 32000")
     temperature: PositiveFloat = Field(0.07, description="of the similarities")
