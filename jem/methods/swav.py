@@ -11,17 +11,21 @@ global views only (multi-crop). Where paper and published code differ, this foll
 in the first epoch, and a queue's embeddings get their scores from the present prototypes. Other than the code, every
 view is a forward pass of its own (the code joins those of one size, so its batch norms see them together), and the
 queue is filled from the first step, not from the epoch in which it joins.
+
+The diagnostics look at the predicted assignment softmax(z C^T / T) of the first view: without the equal partition all
+images choose the same prototype, while their embeddings still differ a little.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from jem.methods.base import Method, Progress, StepOutput, at_least_float32, everyones
+from jem.methods.base import Method, Progress, StepOutput, at_least_float32, everyones, mine
 from jem.models.branch import Branch
 from jem.models.memory import Queue
 
@@ -106,10 +110,11 @@ class SwAV(Method):
             loss = swapped_prediction(scores, codes, config.temperature)
             used = torch.stack([q.mean(dim=0) for q in codes])
             perplexity = torch.special.entr(used).sum(dim=1).exp().mean()
+            assignment = mine(scores[0].detach() / config.temperature).softmax(dim=1)
         if config.queue:
             self._pending.append([z.detach() for z in every[:GLOBAL]])
         terms = {"swapped": loss, "perplexity": perplexity}
-        return self.output(loss, embeddings[:GLOBAL], representations[0], terms)
+        return replace(self.output(loss, embeddings[:GLOBAL], representations[0], terms), embedding=assignment)
 
     @torch.no_grad()
     def _codes(self, view: int, scores: Tensor) -> Tensor:

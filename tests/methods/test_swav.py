@@ -266,6 +266,14 @@ def test_several_forward_passes_of_a_step_fill_the_queue_in_their_order() -> Non
     torch.testing.assert_close(method.queues[0].rows[:6], torch.cat(expected))
 
 
+def test_the_diagnostics_look_at_the_assignment_of_the_first_view() -> None:
+    method, given = make(), views()
+    with torch.no_grad():
+        z = functional.normalize(method.branch(given.views[0])[1], dim=1)
+        scores = (z @ method.prototypes.T / method.config.temperature).exp()
+    torch.testing.assert_close(method(given).embedding, scores / scores.sum(dim=1, keepdim=True))
+
+
 def test_the_loss_stays_in_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = make()(views())
