@@ -23,6 +23,10 @@ HEADER = (
     *("method", "change", "kNN random", "kNN", "gain", "embedding std", "spread", "correlation", "rank of features"),
     "jem says",
 )
+DINO = (
+    *("--method.norm", "false", "--method.momentum", '{"tau": 0.97, "schedule": "constant"}', "--train.epochs", "6"),
+)
+"""As the paper's head, without batch norm, and with a teacher that has followed by the end of so short a training."""
 REGULARISE = ("--method.regularise", '{"mu": 1.0, "nu": 0.04}')
 KINDS = {0: "not collapsed", 1: "collapse, type 1", 2: "collapse, type 2"}
 
@@ -45,9 +49,12 @@ ABLATIONS = (
     trial("byol", "τ = 1", "--method.momentum", '{"tau": 1.0, "schedule": "constant"}'),
     trial("simsiam", "as it is"),
     trial("simsiam", "without stop-gradient", "--method.stop_gradient", "false"),
-    trial("dino", "as it is"),
-    trial("dino", "centring alone", "--method.teacher_temperature", "0.1", "--method.first_teacher_temperature", "0.1"),
-    trial("dino", "sharpening alone", "--method.centring", "false"),
+    trial("dino", "as it is", *DINO),
+    trial(
+        *("dino", "centring alone", *DINO, "--method.teacher_temperature", "0.1"),
+        *("--method.first_teacher_temperature", "0.1"),
+    ),
+    trial("dino", "sharpening alone", *DINO, "--method.centring", "false"),
     trial("moco", "as it is"),
     trial("moco", "m = 0", "--method.momentum", '{"tau": 0.0, "schedule": "constant"}'),
     trial("moco", "no momentum network (memory bank)", "--method.momentum", "null"),

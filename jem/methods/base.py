@@ -33,6 +33,9 @@ class StepOutput:
     """(n, D), this worker's representations of the first view."""
     terms: dict[str, Tensor] = field(default_factory=dict)
     """Named parts of the loss, unweighted scalars, for the log."""
+    assignment: Tensor | None = None
+    """(n, K), this worker's probabilities of the first view over K clusters, where a method has them. Once they are the
+    same for all images it has collapsed, though the embeddings may differ."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,12 @@ class Method(nn.Module, ABC):
         return cast("Tensor", self.backbone(images))
 
     def output(
-        self, loss: Tensor, embeddings: Sequence[Tensor], representation: Tensor, terms: dict[str, Tensor]
+        self,
+        loss: Tensor,
+        embeddings: Sequence[Tensor],
+        representation: Tensor,
+        terms: dict[str, Tensor],
+        assignment: Tensor | None = None,
     ) -> StepOutput:
         """The step's result, with the variance and covariance terms added where `config.regularise` asks for them.
 
@@ -117,6 +125,7 @@ class Method(nn.Module, ABC):
             embeddings: this worker's, of each view, (n, d), with their gradient; the first is for the diagnostics.
             representation: this worker's, of the first view, (n, D).
             terms: named parts of the loss.
+            assignment: as `StepOutput`'s.
         """
         regularise = getattr(self.config, "regularise", None)
         if regularise is not None:
@@ -132,6 +141,7 @@ class Method(nn.Module, ABC):
             embedding=at_least_float32(embeddings[0].detach()),
             representation=at_least_float32(representation.detach()),
             terms={name: term.detach() for name, term in terms.items()},
+            assignment=None if assignment is None else assignment.detach(),
         )
 
 

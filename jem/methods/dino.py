@@ -12,14 +12,12 @@ first one at epoch 0 and the last one from epoch `warmup_epochs` on.
 
 The loss is the teacher's entropy plus the divergence KL(q|p), the two curves of the paper's figure 7: a divergence of 0
 is a collapse, to one dimension if the entropy is 0, to the uniform distribution if it is log K. The diagnostics look at
-the teacher's probabilities q for the first view: in both collapses all images have the same, so their spread is 0, and
-it is relative to their length, so that 1/K counts as much as 1. The output t does not show the second one: it may
-differ from image to image by what all its dimensions share.
+the teacher's probabilities q for the first view too: in both collapses all images have the same. The output t does not
+show the second one: it may differ from image to image by what all its dimensions share.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, cast
 
@@ -132,7 +130,7 @@ class DINO(Method):
             probabilities = ((teacher[0] - self.centre) / sharp).softmax(dim=1)
         kept = taught if self.config.encoder == "teacher" else seen
         terms = {"teacher_entropy": entropy, "kl": loss - entropy}
-        return replace(self.output(loss, [z for _, z, _ in seen], kept[0][0], terms), embedding=probabilities)
+        return self.output(loss, [z for _, z, _ in seen], kept[0][0], terms, probabilities)
 
     def after_backward(self, progress: Progress) -> None:
         """Leave the last layer alone in the first epochs."""

@@ -12,13 +12,12 @@ in the first epoch, and a queue's embeddings get their scores from the present p
 view is a forward pass of its own (the code joins those of one size, so its batch norms see them together), and the
 queue is filled from the first step, not from the epoch in which it joins.
 
-The diagnostics look at the predicted assignment softmax(z C^T / T) of the first view: without the equal partition all
-images choose the same prototype, while their embeddings still differ a little.
+The diagnostics look at the prediction softmax(z C^T / T) of the first view too: without the equal partition all images
+choose the same prototype, while their embeddings still differ.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -110,11 +109,11 @@ class SwAV(Method):
             loss = swapped_prediction(scores, codes, config.temperature)
             used = torch.stack([q.mean(dim=0) for q in codes])
             perplexity = torch.special.entr(used).sum(dim=1).exp().mean()
-            assignment = mine(scores[0].detach() / config.temperature).softmax(dim=1)
+            assignment = mine(scores[0] / config.temperature).softmax(dim=1)
         if config.queue:
             self._pending.append([z.detach() for z in every[:GLOBAL]])
         terms = {"swapped": loss, "perplexity": perplexity}
-        return replace(self.output(loss, embeddings[:GLOBAL], representations[0], terms), embedding=assignment)
+        return self.output(loss, embeddings[:GLOBAL], representations[0], terms, assignment)
 
     @torch.no_grad()
     def _codes(self, view: int, scores: Tensor) -> Tensor:

@@ -126,13 +126,17 @@ class Watch:
         self.last = values | rates
 
     def _examine(self, output: StepOutput, step: int) -> None:
-        """Both are looked at: a batch norm at the head's end keeps a collapsed embedding's scale up."""
+        """Each is looked at: a batch norm at the head's end keeps a collapsed embedding's scale up, for example."""
         self.health = embedding_health(distributed.gather(output.embedding.detach().float()))
         kept = embedding_health(distributed.gather(output.representation.detach().float()))
         found = verdict(self.health, absolute=self._scaled)
         if not found.kind:
             below = verdict(kept, absolute=False)
             found = replace(below, words=f"the representation is {below.words}") if below.kind else found
+        if not found.kind and output.assignment is not None:
+            # the probabilities of neighbouring clusters correlate by nature: only their spread counts
+            above = verdict(embedding_health(distributed.gather(output.assignment.float())), absolute=False)
+            found = replace(above, words=f"the assignment to clusters is {above.words}") if above.kind == 1 else found
         values = {f"health/{name}": getattr(self.health, name) for name in HEALTH}
         values |= {f"health/representation_{name}": getattr(kept, name) for name in HEALTH}
         self._reporter.metrics(values, step)

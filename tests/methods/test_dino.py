@@ -180,7 +180,7 @@ def test_output_is_the_loss_of_all_pairs_and_its_terms_are_the_entropy_and_the_d
     assert out.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert out.terms["teacher_entropy"].item() == pytest.approx(entropy.item(), rel=1e-5)
     assert out.terms["kl"].item() == pytest.approx((loss - entropy).item(), rel=1e-4, abs=1e-6)
-    torch.testing.assert_close(out.embedding, ((teacher[0] - method.centre) / 0.04).softmax(dim=1))
+    torch.testing.assert_close(out.assignment, ((teacher[0] - method.centre) / 0.04).softmax(dim=1))
     out.loss.backward()
     assert all(parameter.grad is None for parameter in method.teacher.parameters())
     assert all(parameter.grad is not None for parameter in method.student.parameters())

@@ -271,7 +271,7 @@ def test_the_diagnostics_look_at_the_assignment_of_the_first_view() -> None:
     with torch.no_grad():
         z = functional.normalize(method.branch(given.views[0])[1], dim=1)
         scores = (z @ method.prototypes.T / method.config.temperature).exp()
-    torch.testing.assert_close(method(given).embedding, scores / scores.sum(dim=1, keepdim=True))
+    torch.testing.assert_close(method(given).assignment, scores / scores.sum(dim=1, keepdim=True))
 
 
 def test_the_loss_stays_in_float32_under_autocast() -> None:

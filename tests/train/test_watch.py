@@ -25,11 +25,14 @@ class Told:
         self.said.append(message)
 
 
-def examined(embedding: Tensor, representation: Tensor, *, scaled: bool) -> tuple[Watch, Told]:
+def examined(
+    embedding: Tensor, representation: Tensor, *, scaled: bool, assignment: Tensor | None = None
+) -> tuple[Watch, Told]:
     told = Told()
     watch = Watch(TrainConfig(), told, 0, scaled=scaled)
     loss = torch.tensor(1.0)
-    watch.step(StepOutput(loss, embedding, representation), 64, 1, {"lr": 0.1}, last=True)
+    output = StepOutput(loss, embedding, representation, assignment=assignment)
+    watch.step(output, 64, 1, {"lr": 0.1}, last=True)
     return watch, told
 
 
@@ -58,3 +61,11 @@ def test_repeated_dimensions_are_named_as_the_second_type() -> None:
     watch, _ = examined(repeated, healthy(1), scaled=False)
     assert watch.summary()["collapse"] == 2
     assert "informational" in str(watch.summary()["verdict"])
+
+
+def test_one_assignment_for_all_images_is_a_collapse_and_correlated_ones_are_none() -> None:
+    scores = torch.randn(64, 1, generator=torch.Generator().manual_seed(2)) * torch.tensor([3.0, 3.0, -3.0, -3.0])
+    for assignment, kind in ((scores.softmax(dim=1), 0), ((1e-3 * scores).softmax(dim=1), 1)):
+        watch, _ = examined(healthy(), healthy(1), scaled=False, assignment=assignment)
+        assert watch.summary()["collapse"] == kind
+    assert str(watch.summary()["verdict"]).startswith("the assignment to clusters is collapsed (complete)")
