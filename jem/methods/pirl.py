@@ -14,7 +14,7 @@ rows for every one of them); an image's own row is no negative of it.
 
 g passes each of the 9 patches through the backbone and a head, and the concatenation, in an order drawn for each image,
 through a linear layer. The second view is the jigsaw's image. Its colours are jittered before it is cut; the paper
-jitters each patch by itself.
+jitters each patch by itself. With `norm` both heads end in a batch norm; the paper's do not.
 """
 
 from __future__ import annotations
