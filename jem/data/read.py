@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jem.data.decode import DecodeError, decode_canvas
+from jem.data.decode import DecodeError, Scratch, decode_canvas
 from jem.errors import RunError
 
 if TYPE_CHECKING:
@@ -27,15 +28,19 @@ Arrays = dict[str, np.ndarray]
 """`image` uint8 (n, S, S, 3), `size` int32 (n, 2), `id` and `label` int64 (n,)."""
 
 
-def read_window(index: Index, plan: Plan, window: Window, canvas: int, pixel_limit: int) -> Iterator[Arrays]:
-    """The batches of a window, one by one, each decoded when it is asked for.
+def read_window(
+    index: Index, plan: Plan, window: Window, canvas: int, pixel_limit: int, together: int = 1
+) -> Iterator[Arrays]:
+    """The batches of a window, `together` at a time, decoded when they are asked for: each array (k, n, ...).
 
     Raises:
         RunError: An image that cannot be decoded, or a shard that cannot be read.
     """
     rows = Rows(index, *plan.order(window))
-    for first in range(0, len(rows), plan.batch_per_worker):
-        yield rows.decode(first, first + plan.batch_per_worker, canvas, pixel_limit)
+    images = together * plan.batch_per_worker
+    for first in range(0, len(rows), images):
+        arrays = rows.decode(first, first + images, canvas, pixel_limit)
+        yield {name: array.reshape(-1, plan.batch_per_worker, *array.shape[1:]) for name, array in arrays.items()}
 
 
 def local_batches(
@@ -44,7 +49,7 @@ def local_batches(
     """The stream of one worker without Ray, in this process: the same batches in the same order."""
     for window in plan.windows(rank, start, stop_epoch):
         for arrays in read_window(index, plan, window, stream.canvas, stream.pixel_limit):
-            yield as_batch(arrays)
+            yield as_batch({name: array[0] for name, array in arrays.items()})
 
 
 def read_rows(index: Index, positions: ArrayLike, canvas: int, pixel_limit: int) -> Batch:
@@ -84,7 +89,7 @@ def as_batch(arrays: Mapping[str, np.ndarray], *, pin_memory: bool = False) -> B
     """Tensors of these arrays; `image` becomes an NCHW view in channels_last memory, without a copy.
 
     Args:
-        arrays: As `read_window` makes them. Read-only ones, such as those in Ray's object store, are copied.
+        arrays: `Arrays`. They may be read-only, such as those in Ray's object store: then so is the batch, by contract.
         pin_memory: Copy into page-locked memory, from which a GPU can read while it computes.
     """
     from jem.batch import Batch  # and torch, which a decode task does without: seconds and hundreds of MB in each
@@ -100,12 +105,10 @@ def as_batch(arrays: Mapping[str, np.ndarray], *, pin_memory: bool = False) -> B
 def _tensor(array: np.ndarray, pin_memory: bool) -> torch.Tensor:
     import torch
 
-    if array.flags.writeable and not pin_memory:
-        return torch.from_numpy(array)
-    kind = torch.from_numpy(np.empty(0, array.dtype)).dtype
-    tensor = torch.empty(array.shape, dtype=kind, pin_memory=pin_memory)
-    np.copyto(tensor.numpy(), array)
-    return tensor
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if pin_memory else tensor
 
 
 class Rows:
@@ -121,6 +124,7 @@ class Rows:
         """
         self._index, self._groups, self._rows = index, groups, rows
         self._encoded: list[bytes | None] = [None] * len(groups)
+        self._scratch = Scratch()
         self._id = index.start[groups] + rows
         self._label = np.full(len(groups), -1, np.int64)
         order = np.argsort(groups, kind="stable")  # by file and row group
@@ -168,7 +172,7 @@ class Rows:
         for number in range(high - low):
             data, self._encoded[low + number] = self._encoded[low + number], None
             try:
-                _, size[number] = decode_canvas(data or b"", canvas, pixel_limit, out=image[number])
+                _, size[number] = decode_canvas(data or b"", canvas, pixel_limit, image[number], self._scratch)
             except DecodeError as error:
                 raise RunError(self._undecodable(low + number, error)) from error
         return {"image": image, "size": size, "id": self._id[low:high], "label": self._label[low:high]}

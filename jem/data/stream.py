@@ -1,9 +1,10 @@
 """The stream on Ray Data: tasks anywhere in the cluster read and decode, each train worker takes its batches in order.
 
-One row of these Ray data sets is one *batch*: so Ray never cuts a batch or joins two, and a batch goes from the object
-store to a tensor in one copy. What is read is a manifest of windows (`plan.py`), a few integers each. Long runs are cut
-into spans of windows, one execution each, of which the next begins before the last ends: no gap between epochs, and no
-millions of objects at the start.
+One row of these Ray data sets is one *batch*: so Ray never cuts a batch or joins two, and a batch is a tensor in the
+object store, without a copy. A decode task sends several of them as one block, which costs Ray as much as a block of
+one. What is read is a manifest of windows (`plan.py`), a few integers each. Long runs are cut into spans of windows,
+one execution each, of which the next begins before the last ends: no gap between epochs, and no millions of objects at
+the start.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SPAN = 512
 STORE_SHARE = 0.3
 """Of the object store, for all workers' streams together; Ray Data alone would take half of it for each."""
 CHUNK_BYTES = 32 * 2**20
-"""Decoded images in one block of `dataset`, and the least that a decode task sends in one block."""
+"""Decoded images in one block, if that is more than one batch."""
 REST_SECONDS = 0.1
 DEADLINE = 300.0
 """Seconds in which a batch must come."""
@@ -87,7 +88,7 @@ def ray_batches(
         return _decoded(index, plan, stream, windows, decode_tasks)
 
     for row in _rows(plan, rank, start, stop_epoch, execution, decode_tasks, stream, deadline):
-        yield as_batch({name: row[name] for name in ("image", "size", "id", "label")}, pin_memory=pin_memory)
+        yield as_batch(row, pin_memory=pin_memory)
 
 
 def views_batches(
@@ -149,15 +150,15 @@ def dataset(index: Index, canvas: int, pixel_limit: int, *, decode_cpus: float =
     together = -(-len(index.rows) // (8 * SPAN))  # so that even a very large set has few thousand tasks
     groups = np.arange(len(index.rows))
     blocks = [pa.table({"group": groups[low : low + together]}) for low in range(0, len(groups), together)]
-    manifest = _manifest(blocks)
+    manifest = _manifest(blocks, CHUNK_BYTES)
     return manifest.map_batches(decode, batch_format="pyarrow", batch_size=None, num_cpus=decode_cpus)
 
 
 # --- executions -------------------------------------------------------------------------------------------------------
 
 
-def _manifest(blocks: list[pa.Table]) -> ray.data.Dataset:
-    """A data set with settings of its own: those of the process stay as they are."""
+def _manifest(blocks: list[pa.Table], block_bytes: int) -> ray.data.Dataset:
+    """A data set with settings of its own, those of the process stay as they are; it makes blocks of `block_bytes`."""
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
     manifest = ray.data.from_arrow(blocks)
@@ -165,7 +166,7 @@ def _manifest(blocks: list[pa.Table]) -> ray.data.Dataset:
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = CHUNK_BYTES
+    context.target_max_block_size = block_bytes
     context.custom_execution_callback_classes.append(_Rest)
     return manifest
 
@@ -173,17 +174,20 @@ def _manifest(blocks: list[pa.Table]) -> ray.data.Dataset:
 def _decoded(index: Index, plan: Plan, stream: StreamConfig, windows: Sequence[Window], tasks: int) -> ray.data.Dataset:
     """One block per window in, one row per batch out, each with its epoch and step."""
     canvas, pixel_limit = stream.canvas, stream.pixel_limit
+    batch_bytes = plan.batch_per_worker * canvas * canvas * 3
+    together = max(1, CHUNK_BYTES // batch_bytes)
 
     def decode(manifest: pa.Table) -> Iterator[Arrays]:
         for row in manifest.to_pylist():
             window = Window.of(row)
-            for step, arrays in enumerate(
-                read_window(index, plan, window, canvas, pixel_limit), window.step + window.skip
-            ):
-                at = {"epoch": np.array([window.epoch]), "step": np.array([step])}
-                yield {**{name: array[None] for name, array in arrays.items()}, **at}
+            step = window.step + window.skip
+            for arrays in read_window(index, plan, window, canvas, pixel_limit, together):
+                count = len(arrays["id"])
+                yield {**arrays, "epoch": np.full(count, window.epoch), "step": np.arange(step, step + count)}
+                step += count
 
-    manifest = _manifest([pa.Table.from_pylist([asdict(window)]) for window in windows])
+    # Ray joins what is not larger than this, and cuts what is half as large again: so it leaves ours as they are.
+    manifest = _manifest([pa.Table.from_pylist([asdict(window)]) for window in windows], together * batch_bytes)
     store = _cluster()[0].get("object_store_memory", 0.0) * STORE_SHARE / plan.world
     manifest.context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store)
     return manifest.map_batches(
@@ -219,7 +223,7 @@ class _ViewMaker:
         self._make = make()
 
     def __call__(self, row: Arrays) -> Arrays:
-        batch = as_batch({name: row[name][0] for name in ("image", "size", "id", "label")})
+        batch = as_batch({name: array[0] for name, array in row.items()})
         made = self._make(batch, Position(int(row["epoch"][0]), int(row["step"][0])))
         views = [view.float().permute(0, 2, 3, 1).cpu().contiguous().numpy() for view in made.views]
         masks = {f"mask_{n}": mask.cpu().numpy()[None] for n, (_, mask) in enumerate(made) if mask is not None}
@@ -300,13 +304,14 @@ class _Span:
 
     def _read(self) -> None:
         try:
-            rows = iter(self._execution(self.windows).iter_batches(batch_size=1, prefetch_batches=self._ahead))
-            for row in rows:
-                if not self._put({name: array[0] for name, array in row.items()}):
+            blocks = iter(self._execution(self.windows).iter_batches(batch_size=None, prefetch_batches=1))
+            for block in blocks:
+                rows = ({name: array[at] for name, array in block.items()} for at in range(len(block["step"])))
+                if not all(self._put(row) for row in rows):
                     break
             else:
                 self._put(RunError("the stream ended before its last batch: start the run again with --resume"))
-            del rows  # this is what ends an execution
+            del blocks  # this is what ends an execution
         except BaseException as error:  # noqa: BLE001 - raised again where the batches are taken
             self._put(error)
 
