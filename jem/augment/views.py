@@ -70,7 +70,7 @@ class Augment:
         chunk = max(1, CHUNK_FLOATS // (channels * pixels)) if device.type == "cpu" else max(1, count)
         for start in range(0, count, chunk):
             part = slice(start, start + chunk)
-            images = batch.image[part].to(torch.float32, memory_format=torch.contiguous_format)
+            images = batch.image[part].to(torch.float32)
             if batch.image.dtype == torch.uint8:
                 images.div_(255)
             for view, drawn, out in zip(self.views, params, made, strict=True):
@@ -83,17 +83,19 @@ def augment_view(images: Tensor, size: Tensor, view: ViewConfig, drawn: ViewPara
     """One view of each image, not yet normalised: crop, flip, jitter, greyscale, blur, solarize, in this order.
 
     Args:
-        images: float32 (N, 3, H, W) in [0, 1], whole images, squashed to one shape.
+        images: float32 (N, 3, H, W) in [0, 1], whole images, squashed to one shape; contiguous or channels_last.
         size: integer (N, 2), height and width before they were squashed, on the CPU.
         view: says which operations there are, the size of the result, and the blur's kernel.
         drawn: the parameters of the N images.
 
     Returns:
-        float32 (N, 3, s, s) in [0, 1], contiguous.
+        float32 (N, 3, s, s) in [0, 1]; contiguous, or (on a CPU) its transpose is.
     """
     device = images.device
     boxes = on_canvas(drawn.boxes, size, images.shape[2], images.shape[3])
-    out = ops.resized_crop(images, put(boxes, device), view.size, put(drawn.flip, device))
+    cropped = ops.resized_crop(images, put(boxes, device), view.size, put(drawn.flip, device))
+    # rows and columns are alike to every operation that follows: each works on the image as it lies in memory
+    out = cropped if cropped.is_contiguous() else cropped.transpose(2, 3)
     if view.jitter is not None:
         weights = put(ops.blend_weights(drawn.order, drawn.factors), device)
         for step in range(4):
@@ -105,7 +107,7 @@ def augment_view(images: Tensor, size: Tensor, view: ViewConfig, drawn: ViewPara
         kernel = view.blur.kernel
         _change(out, drawn.sigma > 0, lambda x, sigma: ops.gaussian_blur(x, sigma, kernel), drawn.sigma)
     _change(out, drawn.solarize, lambda x: ops.solarize(x, SOLARIZE_FROM))
-    return out
+    return out if cropped.is_contiguous() else out.transpose(2, 3)
 
 
 def centre_view(images: Tensor, sizes: Tensor | None, out_size: int) -> Tensor:

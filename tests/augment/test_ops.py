@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,6 +25,14 @@ def images_of(count: int, height: int, width: int, seed: int = 0) -> torch.Tenso
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+@pytest.fixture(params=["gathered", "dense"], autouse=True)
+def _both_ways_to_resample(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A CPU gathers, a GPU and an exported program multiply matrices: each test runs with both."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "_gathers", lambda _: request.param == "gathered")
+        yield
 
 
 def extreme_colours() -> torch.Tensor:

@@ -1,0 +1,252 @@
+"""The stream beside Ray's documented recipe and a PyTorch DataLoader: encoded images to uint8 batches.
+
+    python benchmarks/stream.py [photos cifar10 memory] [--rounds 3] [--epochs 2]
+
+photos   400 photographs, repeated to 4,000 with ids of their own, decoded to a canvas of 256
+cifar10  the training set, 32 px, from Parquet
+memory   peak memory of one epoch of photographs, and of one of 20 times as many
+
+Whole epochs, the start of each included. Every way gives shuffled (Ray's recipe: unshuffled) uint8 batches of 256 with
+labels, decoded with 2 processes, and the consumer touches every page of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import multiprocessing
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import torch
+from alternate import Way, in_turns, table
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as tv
+
+from jem.config import StreamConfig
+from jem.data.index import Index, open_index
+from jem.data.plan import Plan, Position
+from jem.data.stream import ray_batches
+
+SHARED = Path(__file__).parent / "../../shared/data"
+BATCH = 256
+TASKS = 2
+PHOTOS = 4000
+MORE = 20
+
+
+def photographs(folder: Path, count: int) -> None:
+    """A data set of `count` photographs in shards of 500, row groups of 32."""
+    files = sorted((SHARED / "photos").glob("*.JPEG"))
+    if not files:
+        raise SystemExit(f"no photographs in {SHARED / 'photos'}")
+    for shard, low in enumerate(range(0, count, 500)):
+        ids = np.arange(low, min(low + 500, count))
+        images = [{"bytes": files[number % len(files)].read_bytes(), "path": ""} for number in ids]
+        labels = ids % len(files)
+        pq.write_table(
+            pa.table({"image": images, "label": labels, "id": ids}), folder / f"{shard:03d}.parquet", row_group_size=32
+        )
+
+
+def touch(image: torch.Tensor) -> int:
+    """Read one byte of each page; returns the number of images."""
+    flat = image.permute(0, 2, 3, 1).reshape(-1) if image.shape[1] == 3 else image.reshape(-1)
+    int(flat[::4096].sum())
+    return len(image)
+
+
+def decoded(data: bytes, canvas: int) -> torch.Tensor:
+    """uint8 (3, S, S) by torchvision: what a user would write."""
+    image = decode_image(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB)
+    return image if image.shape[1:] == (canvas, canvas) else tv.resize(image, [canvas, canvas], antialias=True)
+
+
+# --- jem ------------------------------------------------------------------------------------------------------------
+
+
+class Ours:
+    """jem's stream, over all epochs; notes how long the first batch took, and the first of each following epoch."""
+
+    def __init__(self, index: Index, canvas: int, epochs: int) -> None:
+        self.index, self.epochs = index, epochs
+        self.stream = StreamConfig(canvas=canvas)
+        self.plan = Plan(index.rows, 0, BATCH, 1, self.stream.window, "carry")
+        self.first: list[float] = []
+        self.gaps: list[float] = []
+
+    def __call__(self) -> int:
+        start, images = Position(0, 0), 0
+        asked = time.perf_counter()
+        batches = ray_batches(self.index, self.plan, self.stream, 0, start, self.epochs, decode_tasks=TASKS)
+        for position, batch in zip(self.plan.positions(start, self.epochs), batches, strict=True):
+            waited = time.perf_counter() - asked
+            if position == start:
+                self.first.append(waited)
+            elif position.step == 0:
+                self.gaps.append(waited)
+            images += touch(batch.image)
+            asked = time.perf_counter()
+        return images
+
+
+# --- Ray's recipe ---------------------------------------------------------------------------------------------------
+
+
+def rays_recipe(folder: str, canvas: int, epochs: int) -> int:
+    """`read_parquet`, `map_batches` with torchvision's decoder, `iter_torch_batches`."""
+
+    def decode(batch: dict[str, Any]) -> dict[str, Any]:
+        images = [decoded(row["bytes"], canvas).numpy() for row in batch["image"]]
+        return {"image": np.stack(images), "label": batch["label"]}
+
+    data = ray.data.read_parquet(folder).map_batches(decode, batch_size=BATCH)
+    images = 0
+    for _ in range(epochs):
+        images += sum(touch(batch["image"]) for batch in data.iter_torch_batches(batch_size=BATCH))
+    return images
+
+
+# --- a DataLoader ---------------------------------------------------------------------------------------------------
+
+
+class Images(Dataset[tuple[torch.Tensor, int]]):
+    """The encoded images in memory, decoded one by one."""
+
+    def __init__(self, index: Index, canvas: int) -> None:
+        table = pa.concat_tables(pq.read_table(file, columns=["image", "label"]) for file in index.files)
+        self._canvas = canvas
+        self._bytes = pa.chunked_array([chunk.field("bytes") for chunk in table["image"].chunks])
+        self._labels = table["label"].to_numpy()
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, at: int) -> tuple[torch.Tensor, int]:
+        return decoded(self._bytes[at].as_py(), self._canvas), int(self._labels[at])
+
+
+def loader(index: Index, canvas: int) -> DataLoader[tuple[torch.Tensor, int]]:
+    """With workers that stay from epoch to epoch."""
+    return DataLoader(
+        Images(index, canvas),
+        BATCH,
+        shuffle=True,
+        num_workers=TASKS,
+        persistent_workers=True,
+        multiprocessing_context="spawn",
+    )
+
+
+def epochs_of(batches: DataLoader[tuple[torch.Tensor, int]], epochs: int) -> int:
+    """Iterate so many times."""
+    return sum(touch(image) for _ in range(epochs) for image, _ in batches)
+
+
+# --- comparisons ----------------------------------------------------------------------------------------------------
+
+
+def compare(title: str, folder: str, canvas: int, arguments: argparse.Namespace) -> None:
+    """Print the table of one data set."""
+    index = open_index(folder)
+    ours, batches = Ours(index, canvas, arguments.epochs), loader(index, canvas)
+    ways = [
+        Way("jem", ours, "decoding" if canvas > 64 else "decoding, Ray's work for each block"),
+        Way("Ray's recipe", lambda: rays_recipe(folder, canvas, arguments.epochs), "start of each epoch, copies"),
+        Way("DataLoader, 2 workers", lambda: epochs_of(batches, arguments.epochs), "decoding, a copy of each image"),
+    ]
+    print(f"{title}: {len(index)} images, {arguments.epochs} epochs", flush=True)
+    in_turns(ways, arguments.rounds)
+    print(table(title, ways))
+    first, gap = statistics.median(ours.first[1:]), max(ours.gaps)
+    print(f"jem's first batch after {first:.2f} s (median), the first of a following epoch within {gap:.2f} s (most)\n")
+
+
+def peaks(folder: str, times: int) -> tuple[float, float]:
+    """Peak MB of this process tree, without what it shares, and of the object store, over one epoch of `times` x."""
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+    _start_ray()
+    index = open_index([str(file) for _ in range(times) for file in sorted(Path(folder).glob("*.parquet"))])
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
+    done = threading.Event()
+    own: list[float] = []
+    store: list[float] = []
+
+    def sample() -> None:
+        while not done.wait(0.2):
+            own.append(sum(_private_memory(each) for each in [psutil.Process(), *psutil.Process().children(True)]))
+            store.append(get_memory_info_reply(state).store_stats.object_store_bytes_used)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    images = Ours(index, 256, 1)()
+    done.set()
+    sampler.join()
+    assert images == len(index) // BATCH * BATCH
+    return max(own) / 1e6, max(store) / 1e6
+
+
+def _private_memory(process: psutil.Process) -> float:
+    try:
+        memory = process.memory_info()
+    except psutil.Error:
+        return 0.0
+    return float(memory.rss - memory.shared)
+
+
+def memory(folder: str) -> None:
+    """Print the peaks of the data set and of 20 times as much, each in a process tree of its own."""
+    print("| epoch of | process memory, MB | object store, MB |\n| --- | --- | --- |")
+    found = []
+    for times in (1, MORE):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found.append(pool.apply(peaks, (folder, times)))
+        print(f"| {PHOTOS * times} photographs | {found[-1][0]:.0f} | {found[-1][1]:.0f} |", flush=True)
+    ratios = [after / before for before, after in zip(*found, strict=True)]
+    print(f"{MORE} x the data takes {ratios[0]:.2f} x the process memory, {ratios[1]:.2f} x the object store\n")
+
+
+def _start_ray() -> None:
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="The stream beside others")
+    parser.add_argument("what", nargs="*", default=["photos", "cifar10", "memory"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if {"photos", "memory"} & set(arguments.what):
+            photographs(Path(folder), PHOTOS)
+        if "memory" in arguments.what:
+            memory(folder)
+        if {"photos", "cifar10"} & set(arguments.what):
+            _start_ray()
+        if "photos" in arguments.what:
+            compare("photographs to 256", folder, 256, arguments)
+        if "cifar10" in arguments.what:
+            compare("CIFAR-10", str((SHARED / "cifar10/train").resolve()), 32, arguments)
+
+
+if __name__ == "__main__":
+    main()
