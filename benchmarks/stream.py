@@ -180,7 +180,7 @@ def peaks(folder: str, times: int) -> tuple[float, float]:
     """Peak MB of this process tree, without what it shares, and of the object store, over one epoch of `times` x."""
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-    _start_ray()
+    start_ray()
     index = open_index([str(file) for _ in range(times) for file in sorted(Path(folder).glob("*.parquet"))])
     state = get_state_from_address(ray.get_runtime_context().gcs_address)
     done = threading.Event()
@@ -221,7 +221,8 @@ def memory(folder: str) -> None:
     print(f"{MORE} x the data takes {ratios[0]:.2f} x the process memory, {ratios[1]:.2f} x the object store\n")
 
 
-def _start_ray() -> None:
+def start_ray() -> None:
+    """A Ray of two CPUs, silent."""
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -241,7 +242,7 @@ def main() -> None:
         if "memory" in arguments.what:
             memory(folder)
         if {"photos", "cifar10"} & set(arguments.what):
-            _start_ray()
+            start_ray()
         if "photos" in arguments.what:
             compare("photographs to 256", folder, 256, arguments)
         if "cifar10" in arguments.what:

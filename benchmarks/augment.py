@@ -1,0 +1,179 @@
+"""The views beside lightly and kornia: SimCLR's operations, two views of each image.
+
+    pip install '.[bench]'
+    python benchmarks/augment.py [cifar10 photos kornia] [--rounds 3]
+
+cifar10  from encoded bytes of CIFAR-10 to normalised float views of 32 px: jem's stream and augmentation, and lightly's
+         DataLoader with 2 workers
+photos   the same from photographs to views of 224 px
+kornia   from one batch of uint8 images in memory to normalised float views, on the CPU, and on a GPU where there is one
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tempfile
+from itertools import count, islice
+from pathlib import Path
+
+import kornia.augmentation as ka
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from alternate import Way, in_turns, table
+from lightly.transforms import SimCLRTransform
+from PIL import Image
+from stream import BATCH, PHOTOS, SHARED, TASKS, photographs, start_ray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from jem.augment.views import Augment, generator, prefetched
+from jem.batch import Batch
+from jem.config import AugmentConfig, BlurConfig, JitterConfig, StreamConfig, ViewConfig
+from jem.data.index import Index, open_index
+from jem.data.plan import Plan, Position
+from jem.data.stream import ray_batches
+
+CPU = torch.device("cpu")
+JITTER = (0.8, 0.8, 0.8, 0.2)
+
+
+def views(size: int) -> AugmentConfig:
+    """SimCLR's two views: as lightly's, with blur at 224 px only, as its own CIFAR-10 benchmark does."""
+    brightness, contrast, saturation, hue = JITTER
+    jitter = JitterConfig(p=0.8, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
+    blur = BlurConfig(p=0.5, kernel=23) if size > 64 else None
+    return AugmentConfig(views=(ViewConfig(count=2, size=size, jitter=jitter, blur=blur),))
+
+
+# --- from encoded bytes ---------------------------------------------------------------------------------------------
+
+
+def ours(index: Index, canvas: int, size: int, epochs: int) -> int:
+    """The stream decodes in 2 tasks, this process augments."""
+    plan = Plan(index.rows, 0, BATCH, 1, 4)
+    start = Position(0, 0)
+    batches = ray_batches(index, plan, StreamConfig(canvas=canvas), 0, start, epochs, decode_tasks=TASKS)
+    generators = (generator(0, *position, 0) for position in plan.positions(start, epochs))
+    return sum(len(batch) for batch, _ in prefetched(batches, generators, Augment(views(size)), CPU))
+
+
+class Encoded(Dataset[tuple[list[Tensor], int]]):
+    """Encoded images in memory, opened by Pillow and transformed one by one, as lightly's data sets do."""
+
+    def __init__(self, index: Index, size: int) -> None:
+        table = pa.concat_tables(pq.read_table(file, columns=["image", "label"]) for file in index.files)
+        self._bytes = pa.chunked_array([chunk.field("bytes") for chunk in table["image"].chunks])
+        self._labels = table["label"].to_numpy()
+        self._transform = SimCLRTransform(size, gaussian_blur=0.5 if size > 64 else 0.0)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, at: int) -> tuple[list[Tensor], int]:
+        image = Image.open(io.BytesIO(self._bytes[at].as_py())).convert("RGB")
+        return self._transform(image), int(self._labels[at])
+
+
+def from_bytes(title: str, folder: str, canvas: int, size: int, epochs: int, lightlys: int, rounds: int) -> None:
+    """Print the table of a data set; lightly's rate is that of `lightlys` batches, its workers already started."""
+    index = open_index(folder)
+    loader = DataLoader(
+        Encoded(index, size),
+        BATCH,
+        shuffle=True,
+        drop_last=True,
+        num_workers=TASKS,
+        persistent_workers=True,
+        multiprocessing_context="spawn",
+    )
+    endless = (batch for _ in count() for batch in loader)
+    ways = [
+        Way("jem", lambda: ours(index, canvas, size, epochs), "augmentation"),
+        Way("lightly", lambda: sum(len(label) for _, label in islice(endless, lightlys)), "Pillow, image by image"),
+    ]
+    print(f"{title}: jem {epochs} epochs of {len(index)} images, lightly {lightlys} batches", flush=True)
+    in_turns(ways, rounds)
+    print(table(title, ways) + "\n")
+
+
+# --- from a batch in memory -----------------------------------------------------------------------------------------
+
+
+def kornias(size: int) -> nn.Module:
+    """The same operations, each with its parameters for each image; the jitter's order is one for the batch."""
+    config = views(size)
+    operations: list[nn.Module] = [
+        ka.RandomResizedCrop((size, size), scale=(0.08, 1.0)),
+        ka.RandomHorizontalFlip(),
+        ka.ColorJitter(*JITTER, p=0.8),
+        ka.RandomGrayscale(p=0.2),
+    ]
+    if config.views[0].blur is not None:
+        operations.append(ka.RandomGaussianBlur((23, 23), (0.1, 2.0), p=0.5))
+    operations.append(ka.Normalize(torch.tensor(config.mean), torch.tensor(config.std)))
+    return nn.Sequential(*operations)
+
+
+def in_memory(device: torch.device, images: int, canvas: int, size: int, repeats: int, rounds: int) -> None:
+    """Print the table of jem and kornia on one batch."""
+    made = torch.randint(0, 256, (images, canvas, canvas, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+    sizes = torch.full((images, 2), canvas, dtype=torch.int32)
+    batch = Batch(made, sizes, torch.arange(images), torch.zeros(images, dtype=torch.int64))
+    augment, theirs = Augment(views(size)), kornias(size).to(device)
+    numbers = count()
+
+    def done() -> int:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return images * repeats
+
+    def jem() -> int:
+        for _ in range(repeats):
+            augment(batch, generator(0, 0, next(numbers), 0), torch.bfloat16 if device.type == "cuda" else torch.float32)
+        return done()
+
+    def kornia() -> int:
+        with torch.inference_mode():
+            for _ in range(repeats):
+                for _ in range(2):
+                    theirs(batch.image.to(torch.float32) / 255)
+        return done()
+
+    name = f"{canvas} to {size} px, {device.type}"
+    print(f"{name}: batches of {images}", flush=True)
+    ways = [Way("jem", jem), Way("kornia", kornia)]
+    in_turns(ways, rounds)
+    print(table(name, ways))
+    if device.type == "cuda":
+        least = images * (canvas * canvas * 3 + 2 * size * size * 3 * 2)
+        print(f"bytes in and out once: {least / images * ways[0].median / 1e9:.0f} GB/s of them at jem's rate")
+    print()
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="The views beside others")
+    parser.add_argument("what", nargs="*", default=["cifar10", "photos", "kornia"])
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    if "kornia" in arguments.what:
+        in_memory(CPU, BATCH, 32, 32, 8, arguments.rounds)
+        in_memory(CPU, 64, 256, 224, 1, arguments.rounds)
+        if torch.cuda.is_available():
+            in_memory(torch.device("cuda"), BATCH, 256, 224, 50, arguments.rounds)
+        else:
+            print("no GPU here: nothing is measured on one\n")
+    if {"cifar10", "photos"} & set(arguments.what):
+        start_ray()
+    if "cifar10" in arguments.what:
+        from_bytes("CIFAR-10", str((SHARED / "cifar10/train").resolve()), 32, 32, 2, 16, arguments.rounds)
+    if "photos" in arguments.what:
+        with tempfile.TemporaryDirectory() as folder:
+            photographs(Path(folder), PHOTOS)
+            from_bytes("photographs", folder, 256, 224, 1, 4, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
