@@ -90,7 +90,9 @@ def make_views(
 
     made: dict[int, Tensor] = {}
     heights = [table.shape[0] for table in tables]
-    for ((size, kernel), places), here, there in zip(groups.items(), tables, torch.split(on_device, heights), strict=True):
+    for ((size, kernel), places), here, there in zip(
+        groups.items(), tables, torch.split(on_device, heights), strict=True
+    ):
         out = torch.empty((len(places), count, size, size, 3), dtype=dtype, device=images.device)
         if count:
             _launch(images, here, there, out.view(-1, size, size, 3), kernel // 2, tuple(mean), tuple(std))
@@ -112,7 +114,9 @@ def _launch(
 
     rows, size = out.shape[:2]
     tiles = -(-size // BLOCK_Y) * -(-size // BLOCK_X)
-    grid, block = (rows * tiles,), {"block_y": BLOCK_Y, "block_x": BLOCK_X}
+    grid = (rows * tiles,)
+    # fusion is said because its default changes with Triton 3.10, and 3.9 warns of that
+    block = {"block_y": BLOCK_Y, "block_x": BLOCK_X, "enable_fp_fusion": True}
     source = (images.shape[0], images.shape[2], images.shape[3], images.stride(), size)
     white = 255 if images.dtype == torch.uint8 else 1
     blurred = int((here[:, kernels.BLURRED.value] >= 0).sum())

@@ -19,18 +19,19 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language import constexpr, tensor
 
 from jem.augment.ops import LUMA
 
-COLUMNS = tl.constexpr(36)
-HORIZONTAL = tl.constexpr(6)
-SIGMA = tl.constexpr(12)
-BLURRED = tl.constexpr(13)
-SOLARIZE = tl.constexpr(14)
-CONTRAST = tl.constexpr(15)
-STEPS = tl.constexpr(16)
-STEP_COUNT = tl.constexpr(5)
-LUMA_RED, LUMA_GREEN, LUMA_BLUE = (tl.constexpr(weight) for weight in LUMA)
+COLUMNS = constexpr(36)
+HORIZONTAL = constexpr(6)
+SIGMA = constexpr(12)
+BLURRED = constexpr(13)
+SOLARIZE = constexpr(14)
+CONTRAST = constexpr(15)
+STEPS = constexpr(16)
+STEP_COUNT = constexpr(5)
+LUMA_RED, LUMA_GREEN, LUMA_BLUE = (constexpr(weight) for weight in LUMA)
 
 
 # --- kernels ------------------------------------------------------------------------------------------------------
@@ -38,17 +39,17 @@ LUMA_RED, LUMA_GREEN, LUMA_BLUE = (tl.constexpr(weight) for weight in LUMA)
 
 @triton.jit(do_not_specialize=["count"])
 def contrast_means(
-    images: tl.tensor,
-    table: tl.tensor,
-    parts: tl.tensor,
-    count: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    strides: tl.tensor,
-    size: tl.tensor,
-    white: tl.constexpr,
-    block_y: tl.constexpr,
-    block_x: tl.constexpr,
+    images: tensor,
+    table: tensor,
+    parts: tensor,
+    count: tensor,
+    height: tensor,
+    width: tensor,
+    strides: tensor,
+    size: tensor,
+    white: constexpr,
+    block_y: constexpr,
+    block_x: constexpr,
 ) -> None:
     """Each tile's part, float32 (rows, tiles), of the mean luma that an image has when its contrast is changed.
 
@@ -59,29 +60,29 @@ def contrast_means(
     values = table + row * COLUMNS
     steps = tl.load(values + CONTRAST).to(tl.int32)
     if steps >= 0:
-        red, green, blue = _sample(images, values, row % count, y, x, height, width, strides, white)
-        red, green, blue = _colour(red, green, blue, values, steps, 0.0)
+        colour = _sample(images, values, row % count, y, x, height, width, strides, white)
+        red, green, blue = _jittered(colour, values, steps, 0.0)
         luma = tl.where(_within(y, x, size), _luma(red, green, blue), 0.0)
         tl.store(parts + tl.program_id(0), tl.sum(luma) / (size * size))
 
 
 @triton.jit(do_not_specialize=["count"])
 def crop_and_colour(
-    images: tl.tensor,
-    table: tl.tensor,
-    means: tl.tensor,
-    out: tl.tensor,
-    sharp: tl.tensor,
-    count: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    strides: tl.tensor,
-    size: tl.tensor,
-    mean: tl.tensor,
-    std: tl.tensor,
-    white: tl.constexpr,
-    block_y: tl.constexpr,
-    block_x: tl.constexpr,
+    images: tensor,
+    table: tensor,
+    means: tensor,
+    out: tensor,
+    sharp: tensor,
+    count: tensor,
+    height: tensor,
+    width: tensor,
+    strides: tensor,
+    size: tensor,
+    mean: tensor,
+    std: tensor,
+    white: constexpr,
+    block_y: constexpr,
+    block_x: constexpr,
 ) -> None:
     """Crop, flip, jitter and greyscale; into `sharp` for images that are to be blurred, finished into `out` for others.
 
@@ -93,60 +94,54 @@ def crop_and_colour(
     row, y, x = _place(size, block_y, block_x)
     values = table + row * COLUMNS
     average = tl.load(means + row, mask=tl.load(values + CONTRAST) >= 0, other=0.0)
-    red, green, blue = _sample(images, values, row % count, y, x, height, width, strides, white)
-    red, green, blue = _colour(red, green, blue, values, STEP_COUNT, average)
+    colour = _sample(images, values, row % count, y, x, height, width, strides, white)
+    colour = _jittered(colour, values, STEP_COUNT, average)
     blurred = tl.load(values + BLURRED).to(tl.int32)
     if blurred >= 0:
-        _store_planes(sharp, red, green, blue, blurred, y, x, size)
+        _store_planes(sharp, colour, blurred, y, x, size)
     else:
-        _finish(out, red, green, blue, values, row, y, x, size, mean, std)
+        _finish(out, colour, values, row, y, x, size, mean, std)
 
 
 @triton.jit
 def blur_across(
-    sharp: tl.tensor,
-    table: tl.tensor,
-    half: tl.tensor,
-    radius: tl.tensor,
-    size: tl.tensor,
-    block_y: tl.constexpr,
-    block_x: tl.constexpr,
+    sharp: tensor, table: tensor, half: tensor, radius: tensor, size: tensor, block_y: constexpr, block_x: constexpr
 ) -> None:
     """Blur along x, from `sharp` to `half`, both float32 (blurred rows, 3, size, size)."""
     row, y, x = _place(size, block_y, block_x)
     values = table + row * COLUMNS
     blurred = tl.load(values + BLURRED).to(tl.int32)
     if blurred >= 0:
-        red, green, blue = _blur(sharp, values, blurred, y, x, size, radius, True)
-        _store_planes(half, red, green, blue, blurred, y, x, size)
+        colour = _blurred(sharp, values, blurred, y, x, size, radius, True)
+        _store_planes(half, colour, blurred, y, x, size)
 
 
 @triton.jit
 def blur_down(
-    half: tl.tensor,
-    table: tl.tensor,
-    out: tl.tensor,
-    radius: tl.tensor,
-    size: tl.tensor,
-    mean: tl.tensor,
-    std: tl.tensor,
-    block_y: tl.constexpr,
-    block_x: tl.constexpr,
+    half: tensor,
+    table: tensor,
+    out: tensor,
+    radius: tensor,
+    size: tensor,
+    mean: tensor,
+    std: tensor,
+    block_y: constexpr,
+    block_x: constexpr,
 ) -> None:
     """Blur along y, from `half`, and finish into the rows of `out`, (rows, size, size, 3), that are blurred."""
     row, y, x = _place(size, block_y, block_x)
     values = table + row * COLUMNS
     blurred = tl.load(values + BLURRED).to(tl.int32)
     if blurred >= 0:
-        red, green, blue = _blur(half, values, blurred, y, x, size, radius, False)
-        _finish(out, red, green, blue, values, row, y, x, size, mean, std)
+        colour = _blurred(half, values, blurred, y, x, size, radius, False)
+        _finish(out, colour, values, row, y, x, size, mean, std)
 
 
 # --- places -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _place(size: tl.tensor, block_y: tl.constexpr, block_x: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+def _place(size: tensor, block_y: constexpr, block_x: constexpr) -> tl.tuple:
     """This program's row, and its pixels' y (block_y,) and x (block_x,); the last tiles reach beyond the view."""
     across = tl.cdiv(size, block_x)
     tiles = tl.cdiv(size, block_y) * across
@@ -157,7 +152,7 @@ def _place(size: tl.tensor, block_y: tl.constexpr, block_x: tl.constexpr) -> tup
 
 
 @triton.jit
-def _within(y: tl.tensor, x: tl.tensor, size: tl.tensor) -> tl.tensor:
+def _within(y: tensor, x: tensor, size: tensor) -> tensor:
     return (y < size)[:, None] & (x < size)[None, :]
 
 
@@ -166,16 +161,16 @@ def _within(y: tl.tensor, x: tl.tensor, size: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _sample(
-    images: tl.tensor,
-    values: tl.tensor,
-    image: tl.tensor,
-    y: tl.tensor,
-    x: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    strides: tl.tensor,
-    white: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    images: tensor,
+    values: tensor,
+    image: tensor,
+    y: tensor,
+    x: tensor,
+    height: tensor,
+    width: tensor,
+    strides: tensor,
+    white: constexpr,
+) -> tl.tuple:
     """The crop's red, green and blue at outputs y, x, as `ops.resized_crop` makes them."""
     center_y, reach_y, top, bottom = _filter(values, y)
     center_x, reach_x, left, right = _filter(values + HORIZONTAL, x)
@@ -199,12 +194,12 @@ def _sample(
             red += weight * tl.load(at, mask=reads, other=0).to(tl.float32)
             green += weight * tl.load(at + strides[1], mask=reads, other=0).to(tl.float32)
             blue += weight * tl.load(at + 2 * strides[1], mask=reads, other=0).to(tl.float32)
-    total *= white
+    total = tl.maximum(total * white, 1e-30)  # outputs beyond the view may reach no pixel
     return red / total, green / total, blue / total
 
 
 @triton.jit
-def _filter(values: tl.tensor, output: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+def _filter(values: tensor, output: tensor) -> tl.tuple:
     """Along one axis: the centre and reach of each output's triangle filter, and the box's start and end, in pixels."""
     position = output + 0.5
     step = tl.load(values + 2)
@@ -213,9 +208,7 @@ def _filter(values: tl.tensor, output: tl.tensor) -> tuple[tl.tensor, tl.tensor,
 
 
 @triton.jit
-def _weight(
-    pixel: tl.tensor, center: tl.tensor, reach: tl.tensor, start: tl.tensor, end: tl.tensor, pixels: tl.tensor
-) -> tl.tensor:
+def _weight(pixel: tensor, center: tensor, reach: tensor, start: tensor, end: tensor, pixels: tensor) -> tensor:
     """What a pixel counts in a filter: less towards its ends, and by the pixel's part that is inside the box."""
     inside = _clamp(tl.minimum(pixel + 1, end) - tl.maximum(pixel, start))
     weight = inside * tl.maximum(1 - tl.abs(pixel + 0.5 - center) / reach, 0.0)
@@ -223,16 +216,16 @@ def _weight(
 
 
 @triton.jit
-def _blur(
-    planes: tl.tensor,
-    values: tl.tensor,
-    blurred: tl.tensor,
-    y: tl.tensor,
-    x: tl.tensor,
-    size: tl.tensor,
-    radius: tl.tensor,
-    across: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+def _blurred(
+    planes: tensor,
+    values: tensor,
+    blurred: tensor,
+    y: tensor,
+    x: tensor,
+    size: tensor,
+    radius: tensor,
+    across: constexpr,
+) -> tl.tuple:
     """One direction of `ops.gaussian_blur`: red, green and blue at y, x; `radius`: of the kernel, in pixels."""
     sigma = tl.load(values + SIGMA)
     within = _within(y, x, size)
@@ -256,7 +249,7 @@ def _blur(
 
 
 @triton.jit
-def _reflected(place: tl.tensor, size: tl.tensor) -> tl.tensor:
+def _reflected(place: tensor, size: tensor) -> tensor:
     """Places before the first pixel and after the last, mirrored at those pixels."""
     return size - 1 - tl.abs(size - 1 - tl.abs(place))
 
@@ -265,10 +258,9 @@ def _reflected(place: tl.tensor, size: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _colour(
-    red: tl.tensor, green: tl.tensor, blue: tl.tensor, values: tl.tensor, steps: tl.tensor, mean: tl.tensor
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+def _jittered(colour: tl.tuple, values: tensor, steps: tensor, mean: tensor) -> tl.tuple:
     """The first `steps` of the row's steps of colour, each as `ops.blend` and then `ops.adjust_hue`."""
+    red, green, blue = colour
     for step in range(steps):
         weights = values + STEPS + 4 * step
         image = tl.load(weights)
@@ -283,9 +275,7 @@ def _colour(
 
 
 @triton.jit
-def _turn(
-    red: tl.tensor, green: tl.tensor, blue: tl.tensor, shift: tl.tensor
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+def _turn(red: tensor, green: tensor, blue: tensor, shift: tensor) -> tl.tuple:
     """Turn the hue by `shift` turns; the formula is that of `ops.adjust_hue`."""
     value = tl.maximum(tl.maximum(red, green), blue)
     chroma = value - tl.minimum(tl.minimum(red, green), blue)
@@ -299,12 +289,12 @@ def _turn(
 
 
 @triton.jit
-def _luma(red: tl.tensor, green: tl.tensor, blue: tl.tensor) -> tl.tensor:
+def _luma(red: tensor, green: tensor, blue: tensor) -> tensor:
     return LUMA_RED * red + LUMA_GREEN * green + LUMA_BLUE * blue
 
 
 @triton.jit
-def _clamp(number: tl.tensor) -> tl.tensor:
+def _clamp(number: tensor) -> tensor:
     return tl.minimum(tl.maximum(number, 0.0), 1.0)
 
 
@@ -312,22 +302,14 @@ def _clamp(number: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _planes(planes: tl.tensor, blurred: tl.tensor, y: tl.tensor, x: tl.tensor, size: tl.tensor) -> tl.tensor:
+def _planes(planes: tensor, blurred: tensor, y: tensor, x: tensor, size: tensor) -> tensor:
     """Where the red of pixels y, x is in `planes`, (blurred rows, 3, size, size)."""
     return planes + blurred.to(tl.int64) * (3 * size * size) + y[:, None] * size + x[None, :]
 
 
 @triton.jit
-def _store_planes(
-    planes: tl.tensor,
-    red: tl.tensor,
-    green: tl.tensor,
-    blue: tl.tensor,
-    blurred: tl.tensor,
-    y: tl.tensor,
-    x: tl.tensor,
-    size: tl.tensor,
-) -> None:
+def _store_planes(planes: tensor, colour: tl.tuple, blurred: tensor, y: tensor, x: tensor, size: tensor) -> None:
+    red, green, blue = colour
     at, within = _planes(planes, blurred, y, x, size), _within(y, x, size)
     tl.store(at, red, mask=within)
     tl.store(at + size * size, green, mask=within)
@@ -336,19 +318,18 @@ def _store_planes(
 
 @triton.jit
 def _finish(
-    out: tl.tensor,
-    red: tl.tensor,
-    green: tl.tensor,
-    blue: tl.tensor,
-    values: tl.tensor,
-    row: tl.tensor,
-    y: tl.tensor,
-    x: tl.tensor,
-    size: tl.tensor,
-    mean: tl.tensor,
-    std: tl.tensor,
+    out: tensor,
+    colour: tl.tuple,
+    values: tensor,
+    row: tensor,
+    y: tensor,
+    x: tensor,
+    size: tensor,
+    mean: tensor,
+    std: tensor,
 ) -> None:
     """Solarize, normalise, and store in the type of `out`, (rows, size, size, 3)."""
+    red, green, blue = colour
     threshold, within = tl.load(values + SOLARIZE), _within(y, x, size)
     at = out + row.to(tl.int64) * (3 * size * size) + 3 * (y[:, None] * size + x[None, :])
     red = tl.where(red >= threshold, 1 - red, red)
