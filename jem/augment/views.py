@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jem.augment import ops
+from jem.augment import fused, ops
 from jem.augment.params import HUE, ViewParams, draw, generator
 from jem.batch import Batch, Views
 
@@ -53,10 +53,21 @@ class Augment:
     def apply(self, batch: Batch, params: list[ViewParams], dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """Make one view for each of `params`: `dtype` (N, 3, s, s), normalised, channels_last.
 
-        Float32 inside, whatever `dtype` and autocast say.
+        Float32 inside, whatever `dtype` and autocast say. On a GPU where Triton works, by `fused.make_views`.
         """
         count, channels, height, width = batch.image.shape
         device, size = batch.image.device, batch.size.cpu()
+        if fused.available(device):
+            return fused.make_views(
+                batch.image,
+                [on_canvas(drawn.boxes, size, height, width) for drawn in params],
+                self.views,
+                params,
+                mean=self.config.mean,
+                std=self.config.std,
+                solarize_from=SOLARIZE_FROM,
+                dtype=dtype,
+            )
         made = [
             torch.empty(
                 (count, channels, view.size, view.size),
