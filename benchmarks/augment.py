@@ -131,7 +131,9 @@ def in_memory(device: torch.device, images: int, canvas: int, size: int, repeats
 
     def jem() -> int:
         for _ in range(repeats):
-            augment(batch, generator(0, 0, next(numbers), 0), torch.bfloat16 if device.type == "cuda" else torch.float32)
+            augment(
+                batch, generator(0, 0, next(numbers), 0), torch.bfloat16 if device.type == "cuda" else torch.float32
+            )
         return done()
 
     def kornia() -> int:

@@ -13,7 +13,6 @@ labels, decoded with 2 processes, and the consumer touches every page of each.
 from __future__ import annotations
 
 import argparse
-import io
 import logging
 import multiprocessing
 import os
@@ -21,7 +20,6 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 

@@ -32,6 +32,8 @@ class Node:
     id: str
     cpus: float
     gpus: float
+    store: float
+    """Bytes of its object store."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def connect(config: ClusterConfig) -> Iterator[Cluster]:
 
 def _look() -> Cluster:
     nodes = [
-        Node(node["NodeID"], node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        Node(node["NodeID"], *(node["Resources"].get(name, 0.0) for name in ("CPU", "GPU", "object_store_memory")))
         for node in ray.nodes()  # type: ignore[no-untyped-call]
         if node["Alive"]
     ]

@@ -17,6 +17,7 @@ import yaml
 
 import jem
 from jem.config import PretrainConfig
+from jem.data.cache import check_cache, fill
 from jem.data.index import Index, open_index
 from jem.data.read import count_classes, read_rows
 from jem.encoder import Encoder, EncoderInfo, save_encoder
@@ -89,6 +90,8 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     with connect(config.cluster) as cluster:
         placement = place(config.cluster, config.stream, cluster, _pool_cpus(config))
         check_shared(cluster, folder.storage, config.data)
+        if config.stream.cache is not None:
+            check_cache(data.train, config.stream, [node.store for node in cluster.nodes])
         tracker = Tracker(config.track)
         stored = yaml.safe_dump(stripped(yaml.safe_load(dump_config(config))), sort_keys=False)
         if record is None:
@@ -115,6 +118,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
                 classes=data.classes,
                 gpu=placement.gpu,
                 decode_tasks=placement.decode_tasks,
+                cache=fill(data.train, config.stream) if config.stream.cache is not None else None,
                 tracking_uri=tracker.uri,
                 run_id=record["run_id"],
             )

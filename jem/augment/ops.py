@@ -54,7 +54,7 @@ def resized_crop(
     if _gathers(images):
         rows = resize_taps(top, box_height, height, out_size, antialias=antialias)
         columns = resize_taps(left, box_width, width, out_size, flip, antialias=antialias)
-        return gathered(images, Taps(rows.index, rows.weight * scale), columns)
+        return gathered(images, Taps(rows.pixel, rows.weight * scale), columns)
     row_weights = resize_weights(top, box_height, height, out_size, antialias=antialias)
     column_weights = resize_weights(left, box_width, width, out_size, flip, antialias=antialias)
     return separable(images, row_weights * scale, column_weights)
@@ -81,7 +81,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel: int) -> Tensor:
 class Taps(NamedTuple):
     """Along one axis: of which pixels, at most K, each output pixel is the weighted sum."""
 
-    index: Tensor
+    pixel: Tensor
     """int64 (N, outputs, K), inside the axis."""
     weight: Tensor
     """float32 (N, outputs, K); 0 where there are fewer."""
@@ -96,9 +96,9 @@ def resize_taps(
     """
     center, radius = _filters(start, length, out_size, flip, antialias=antialias)
     first = (center - radius).floor().clamp(min=0)
-    index = first + torch.arange(int(2 * radius.max()) + 2, device=start.device)
-    weight = _triangle(index, center, radius, start, length)
-    return Taps(index.clamp_(max=pixels - 1).long(), weight)
+    pixel = first + torch.arange(int(2 * radius.max()) + 2, device=start.device)
+    weight = _triangle(pixel, center, radius, start, length)
+    return Taps(pixel.clamp_(max=pixels - 1).long(), weight)
 
 
 def resize_weights(
@@ -133,14 +133,14 @@ def blur_taps(sigma: Tensor, kernel: int, pixels: int) -> Taps:
     """What blurs with a Gaussian along one axis, with reflection at both ends."""
     offsets = torch.arange(-(kernel // 2), kernel // 2 + 1, device=sigma.device)
     weight = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, dim=1)
-    index = (torch.arange(pixels, device=sigma.device)[:, None] + offsets).abs()
-    index = (pixels - 1) - (pixels - 1 - index).abs()
-    return Taps(*(each.expand(len(sigma), pixels, kernel) for each in (index, weight[:, None])))
+    pixel = (torch.arange(pixels, device=sigma.device)[:, None] + offsets).abs()
+    pixel = (pixels - 1) - (pixels - 1 - pixel).abs()
+    return Taps(*(each.expand(len(sigma), pixels, kernel) for each in (pixel, weight[:, None])))
 
 
 def dense(taps: Taps, pixels: int) -> Tensor:
     """Taps as a matrix, float32 (N, outputs, pixels)."""
-    return taps.weight.new_zeros(*taps.index.shape[:2], pixels).scatter_add_(2, taps.index, taps.weight)
+    return taps.weight.new_zeros(*taps.pixel.shape[:2], pixels).scatter_add_(2, taps.pixel, taps.weight)
 
 
 def gathered(images: Tensor, rows: Taps, columns: Taps) -> Tensor:
@@ -168,7 +168,7 @@ def _sums(lines: Tensor, taps: Taps) -> Tensor:
     """Weighted sums of lines: (N, G, L, ...) to (N, G, outputs, ...), where G groups have the same taps."""
     count, groups, length = lines.shape[:3]
     base = torch.arange(count * groups).view(count, groups, 1, 1) * length
-    index = (taps.index[:, None] + base).flatten(0, 2)
+    index = (taps.pixel[:, None] + base).flatten(0, 2)
     weight = taps.weight[:, None].expand(-1, groups, -1, -1).flatten(0, 2)
     table = lines.reshape(count * groups * length, -1)
     sums = torch.nn.functional.embedding_bag(index, table, mode="sum", per_sample_weights=weight)

@@ -90,6 +90,10 @@ class PretrainConfig(Section):
                 f"train.batch_size {batch} does not divide among cluster.workers {workers} "
                 f"x train.accumulate {accumulate}: make it a multiple of {workers * accumulate}"
             )
+        if self.stream.cache is not None and self.augment.placement == "pool":
+            raise ValueError(
+                "stream.cache is read by the train workers: set augment.placement to device, or leave it out"
+            )
         for key, backbone, views in self._networks():
             _check_views(key, backbone, views)
         self.method.check(self)

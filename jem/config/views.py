@@ -36,6 +36,11 @@ class StreamConfig(Section):
     )
     decode_cpus: PositiveFloat = Field(0.25, description="CPUs that one decode task reserves")
     prefetch: PositiveInt = Field(2, description="batches held ready before the step")
+    cache: PositiveFloat | None = Field(
+        None,
+        description="keep decoded images in every node's object store, at most so many GB, to decode each once and not "
+        "once an epoch; refused if they do not fit; null for none",
+    )
     pixel_limit: PositiveInt = Field(178_956_970, description="larger images are refused (decompression bombs)")
 
 

@@ -164,7 +164,8 @@ def _resize(pixels: np.ndarray, out: np.ndarray) -> None:
     import torch  # a second or two that tasks which never resize do not pay
 
     image, resized = (torch.from_numpy(each).permute(2, 0, 1)[None] for each in (pixels, out))
-    torch.ops.aten._upsample_bilinear2d_aa.out(image, resized.shape[2:], False, None, None, out=resized)
+    # what `interpolate` calls, which has no `out`; the name is the same since torch 1.11
+    torch.ops.aten._upsample_bilinear2d_aa.out(image, resized.shape[2:], False, None, None, out=resized)  # noqa: SLF001
 
 
 def _pixels(

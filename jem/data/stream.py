@@ -10,8 +10,6 @@ the start.
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import time
 from dataclasses import asdict
 from itertools import islice
@@ -24,6 +22,7 @@ import ray.data
 from ray.data import ExecutionResources, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from jem.data.ahead import Ahead
 from jem.data.plan import Plan, Position, Window
 from jem.data.read import Arrays, Rows, as_batch, read_window
 from jem.errors import RunError
@@ -270,16 +269,12 @@ def _rows(
 
 
 class _Span:
-    """One execution, read by a thread of its own, so that waiting for it can have a deadline."""
+    """One execution, read ahead."""
 
     def __init__(self, windows: list[Window], execution: Execution, ahead: int) -> None:
         self.windows = windows
         self.batches = sum(len(window) for window in windows)
-        self._execution, self._ahead = execution, ahead
-        self._rows: queue.Queue[Arrays | BaseException] = queue.Queue(ahead)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._read, name="jem-stream", daemon=True)
-        self._thread.start()
+        self._rows = Ahead(lambda: _batches(execution(windows)), ahead, "jem-stream")
 
     @classmethod
     def begin(cls, windows: Iterator[Window], execution: Execution, ahead: int) -> _Span | None:
@@ -290,39 +285,25 @@ class _Span:
     def next(self, deadline: float, stream: StreamConfig) -> Arrays:
         """The next row."""
         try:
-            row = self._rows.get(timeout=deadline)
-        except queue.Empty:
-            raise RunError(_waited(deadline, stream)) from None
-        if isinstance(row, BaseException):
-            raise _cause(row) from row
+            row = self._rows.take(deadline)
+        except TimeoutError:
+            raise RunError(waited(deadline, stream)) from None
+        except Exception as error:
+            raise cause(error) from error
+        if row is None:
+            raise RunError("the stream ended before its last batch: start the run again with --resume")
         return row
 
     def close(self) -> None:
         """End the execution."""
-        self._closed.set()
-        self._thread.join(10)
+        self._rows.close()
 
-    def _read(self) -> None:
-        try:
-            blocks = iter(self._execution(self.windows).iter_batches(batch_size=None, prefetch_batches=1))
-            for block in blocks:
-                rows = ({name: array[at] for name, array in block.items()} for at in range(len(block["step"])))
-                if not all(self._put(row) for row in rows):
-                    break
-            else:
-                self._put(RunError("the stream ended before its last batch: start the run again with --resume"))
-            del blocks  # this is what ends an execution
-        except BaseException as error:  # noqa: BLE001 - raised again where the batches are taken
-            self._put(error)
 
-    def _put(self, item: Arrays | BaseException) -> bool:
-        while not self._closed.is_set():
-            try:
-                self._rows.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
+def _batches(rows: ray.data.Dataset) -> Iterator[Arrays]:
+    """The rows of a data set, one by one; no copies."""
+    for block in rows.iter_batches(batch_size=None, prefetch_batches=1):
+        for at in range(len(block["step"])):
+            yield {name: array[at] for name, array in block.items()}
 
 
 def _cluster() -> tuple[dict[str, float], dict[str, float]]:
@@ -330,7 +311,8 @@ def _cluster() -> tuple[dict[str, float], dict[str, float]]:
     return dict(ray.cluster_resources()), dict(ray.available_resources())  # type: ignore[no-untyped-call]
 
 
-def _waited(deadline: float, stream: StreamConfig) -> str:
+def waited(deadline: float, stream: StreamConfig) -> str:
+    """Why nothing may have come before the deadline, and what helps."""
     has, free = _cluster()
     return (
         f"no batch came for {deadline:g} s: one decode task asks for {stream.decode_cpus:g} CPUs, the cluster has "
@@ -339,7 +321,7 @@ def _waited(deadline: float, stream: StreamConfig) -> str:
     )
 
 
-def _cause(error: BaseException) -> RunError:
+def cause(error: BaseException) -> RunError:
     """Our own error within Ray's, which names the image and the remedy; or else Ray's as one line."""
     inner: BaseException | None = error
     while inner is not None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import os
-import queue
-import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +13,7 @@ import ray
 import ray.data
 import torch
 
+from jem.data.ahead import Ahead
 from jem.data.read import as_batch
 from jem.data.stream import dataset
 from jem.errors import InputError, RunError
@@ -238,45 +236,22 @@ def within(rows: ray.data.Dataset, deadline: float) -> Iterator[Arrays]:
         RunError: nothing came in time, or the work failed; our own errors within Ray's are brought to light.
     """
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # it would report each of its executions
-    ready: queue.Queue[Arrays | BaseException | None] = queue.Queue(4)
-    stopped = threading.Event()
+    with Ahead(lambda: iter(rows.iter_batches(batch_size=None)), 4, "jem-extract") as ahead:
+        while (block := _next(ahead, deadline)) is not None:
+            yield block
 
-    def put(item: Arrays | BaseException | None) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return
 
-    def read() -> None:
-        try:
-            for block in rows.iter_batches(batch_size=None):
-                if stopped.is_set():
-                    return
-                put(block)
-            put(None)
-        except BaseException as error:  # noqa: BLE001  (raised again in the thread that waits)
-            put(error)
-
-    threading.Thread(target=read, name="jem-extract", daemon=True).start()
+def _next(ahead: Ahead[Arrays], deadline: float) -> Arrays | None:
     try:
-        while (item := _next(ready, deadline)) is not None:
-            yield item
-    finally:
-        stopped.set()
-
-
-def _next(ready: queue.Queue[Arrays | BaseException | None], deadline: float) -> Arrays | None:
-    try:
-        item = ready.get(timeout=deadline)
-    except queue.Empty:
+        return ahead.take(deadline)
+    except TimeoutError:
         free = ray.available_resources()  # type: ignore[no-untyped-call]
         raise RunError(
             f"no features came for {deadline:g} s: of the cluster's resources {free.get('CPU', 0):g} CPUs and "
             f"{free.get('GPU', 0):g} GPUs are free; check the cluster with `ray status`, or use fewer actors"
         ) from None
-    if isinstance(item, BaseException):
-        raise _cause(item) from item
-    return item
+    except Exception as error:
+        raise _cause(error) from error
 
 
 def _cause(error: BaseException) -> BaseException:

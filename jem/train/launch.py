@@ -23,6 +23,7 @@ from ray.train.v2.api.config import FailureConfig  # mypy takes ray.train's for 
 from jem.augment.views import Augment, generator, prefetched
 from jem.batch import Batch, Views
 from jem.config import AugmentConfig, PretrainConfig
+from jem.data.cache import Cache, cached_batches
 from jem.data.index import Index
 from jem.data.plan import Plan, Position
 from jem.data.stream import ray_batches, views_batches
@@ -55,6 +56,7 @@ class Job:
     gpu: bool
     decode_tasks: int
     """At a time, per worker."""
+    cache: Cache | None
     tracking_uri: str
     run_id: str
 
@@ -329,7 +331,11 @@ def _views(job: Job, rank: int, start: Position, device: torch.device) -> Iterat
                 views.masks and [None if mask is None else mask.to(device) for mask in views.masks],
             )
         return
-    batches = ray_batches(*mine, decode_tasks=job.decode_tasks, pin_memory=device.type == "cuda")
+    pin = device.type == "cuda"
+    if job.cache is not None:
+        batches = cached_batches(*mine, cache=job.cache, pin_memory=pin)
+    else:
+        batches = ray_batches(*mine, decode_tasks=job.decode_tasks, pin_memory=pin)
     positions = plan.positions(start, config.train.epochs)
     generators = (generator(config.seed, *position, rank) for position in positions)
     for _, views in prefetched(batches, generators, Augment(config.augment), device):

@@ -207,7 +207,9 @@ def test_a_window_is_decoded_so_many_batches_at_a_time(numbered: Index, together
     window = next(plan.windows(0, Position(0, 1), 1))
     made = list(read_window(numbered, plan, window, 8, LIMIT, together))
     assert [arrays["image"].shape for arrays in made] == [(count, 10, 8, 8, 3) for count in counts]
-    wanted = [batch.id.tolist() for batch in local_batches(numbered, plan, StreamConfig(canvas=8), 0, Position(0, 1), 1)]
+    wanted = [
+        batch.id.tolist() for batch in local_batches(numbered, plan, StreamConfig(canvas=8), 0, Position(0, 1), 1)
+    ]
     assert [ids for arrays in made for ids in arrays["id"].tolist()] == wanted[:2]
 
 

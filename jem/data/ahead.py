@@ -1,0 +1,79 @@
+"""Reads an iterator in a thread of its own, which makes the next items while one is used; waiting for it has an end."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from typing_extensions import Self
+
+T = TypeVar("T")
+POLL_SECONDS = 0.1
+END_SECONDS = 10.0
+
+
+class Ahead(Generic[T]):
+    """The items of `make()`, at most `size` of them held ready.
+
+    Args:
+        make: makes the iterator, in the thread; leaving it early closes it there, if it can be closed.
+        size: at least 1.
+        name: of the thread.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[T]], size: int, name: str) -> None:
+        self._make = make
+        self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(size)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._read, name=name, daemon=True)
+        self._thread.start()
+
+    def take(self, seconds: float) -> T | None:
+        """The next item, or None at the end.
+
+        Raises:
+            TimeoutError: None came within so many seconds.
+        """
+        try:
+            item, error = self._ready.get(timeout=seconds)
+        except queue.Empty:
+            raise TimeoutError from None
+        if error is not None:
+            raise error
+        return item
+
+    def close(self) -> None:
+        """End the reading; what is ready is forgotten."""
+        self._closed.set()
+        self._thread.join(END_SECONDS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self) -> None:
+        try:
+            items = self._make()
+            for item in items:
+                if not self._put(item, None):
+                    break
+            else:
+                self._put(None, None)
+            del items  # closes a generator: this is what ends an execution of Ray Data
+        except BaseException as error:  # noqa: BLE001 - raised again where the items are taken
+            self._put(None, error)
+
+    def _put(self, item: T | None, error: BaseException | None) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._ready.put((item, error), timeout=POLL_SECONDS)
+            except queue.Full:
+                continue
+            return True
+        return False
