@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import tempfile
 from itertools import count, islice
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import torch
 from alternate import Way, in_turns, table
 from lightly.transforms import SimCLRTransform
 from PIL import Image
-from stream import BATCH, PHOTOS, SHARED, TASKS, photographs, start_ray
+from stream import BATCH, PHOTOS, SHARED, TASKS, memory_folder, own_ray, photographs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -167,12 +166,10 @@ def main() -> None:
             in_memory(torch.device("cuda"), BATCH, 256, 224, 50, arguments.rounds)
         else:
             print("no GPU here: nothing is measured on one\n")
-    if {"cifar10", "photos"} & set(arguments.what):
-        start_ray()
-    if "cifar10" in arguments.what:
-        from_bytes("CIFAR-10", str((SHARED / "cifar10/train").resolve()), 32, 32, 2, 16, arguments.rounds)
-    if "photos" in arguments.what:
-        with tempfile.TemporaryDirectory() as folder:
+    with own_ray(), memory_folder() as folder:
+        if "cifar10" in arguments.what:
+            from_bytes("CIFAR-10", str((SHARED / "cifar10/train").resolve()), 32, 32, 2, 16, arguments.rounds)
+        if "photos" in arguments.what:
             photographs(Path(folder), PHOTOS)
             from_bytes("photographs", folder, 256, 224, 1, 4, arguments.rounds)
 

@@ -13,13 +13,14 @@ labels, decoded with 2 processes, and the consumer touches every page of each.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import multiprocessing
-import os
 import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as tv
 
-from jem.config import StreamConfig
+from jem.config import ClusterConfig, StreamConfig
 from jem.data.index import Index, open_index
 from jem.data.plan import Plan, Position
 from jem.data.stream import ray_batches
+from pipelines.cluster import connect
 
+MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory, on Linux
 SHARED = Path(__file__).parent / "../../shared/data"
 BATCH = 256
 TASKS = 2
@@ -80,8 +83,8 @@ def decoded(data: bytes, canvas: int) -> torch.Tensor:
 class Ours:
     """jem's stream, over all epochs; notes how long the first batch took, and the first of each following epoch."""
 
-    def __init__(self, index: Index, canvas: int, epochs: int) -> None:
-        self.index, self.epochs = index, epochs
+    def __init__(self, index: Index, canvas: int, epochs: int, tasks: int = TASKS) -> None:
+        self.index, self.epochs, self.tasks = index, epochs, tasks
         self.stream = StreamConfig(canvas=canvas)
         self.plan = Plan(index.rows, 0, BATCH, 1, self.stream.window, "carry")
         self.first: list[float] = []
@@ -90,7 +93,7 @@ class Ours:
     def __call__(self) -> int:
         start, images = Position(0, 0), 0
         asked = time.perf_counter()
-        batches = ray_batches(self.index, self.plan, self.stream, 0, start, self.epochs, decode_tasks=TASKS)
+        batches = ray_batches(self.index, self.plan, self.stream, 0, start, self.epochs, decode_tasks=self.tasks)
         for position, batch in zip(self.plan.positions(start, self.epochs), batches, strict=True):
             waited = time.perf_counter() - asked
             if position == start:
@@ -178,24 +181,24 @@ def peaks(folder: str, times: int) -> tuple[float, float]:
     """Peak MB of this process tree, without what it shares, and of the object store, over one epoch of `times` x."""
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-    start_ray()
     index = open_index([str(file) for _ in range(times) for file in sorted(Path(folder).glob("*.parquet"))])
-    state = get_state_from_address(ray.get_runtime_context().gcs_address)
     done = threading.Event()
     own: list[float] = []
     store: list[float] = []
 
     def sample() -> None:
+        state = get_state_from_address(ray.get_runtime_context().gcs_address)
         while not done.wait(0.2):
             own.append(sum(_private_memory(each) for each in [psutil.Process(), *psutil.Process().children(True)]))
             store.append(get_memory_info_reply(state).store_stats.object_store_bytes_used)
 
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    images = Ours(index, 256, 1)()
-    done.set()
-    sampler.join()
-    assert images == len(index) // BATCH * BATCH
+    with own_ray():
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        images = Ours(index, 256, 1)()
+        done.set()
+        sampler.join()
+    assert images == len(index) // BATCH * BATCH  # carried over, if there were another epoch
     return max(own) / 1e6, max(store) / 1e6
 
 
@@ -219,12 +222,20 @@ def memory(folder: str) -> None:
     print(f"{MORE} x the data takes {ratios[0]:.2f} x the process memory, {ratios[1]:.2f} x the object store\n")
 
 
-def start_ray() -> None:
-    """A Ray of two CPUs, silent."""
-    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+@contextlib.contextmanager
+def own_ray() -> Iterator[None]:
+    """The Ray that `jem pretrain` starts on one machine, silent."""
+    with connect(ClusterConfig()):
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        yield
+
+
+@contextlib.contextmanager
+def memory_folder() -> Iterator[str]:
+    """A folder for data, in memory where that can be had: a disk is not what is measured."""
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+        yield folder
 
 
 def main() -> None:
@@ -234,17 +245,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with memory_folder() as folder:
         if {"photos", "memory"} & set(arguments.what):
             photographs(Path(folder), PHOTOS)
         if "memory" in arguments.what:
             memory(folder)
-        if {"photos", "cifar10"} & set(arguments.what):
-            start_ray()
-        if "photos" in arguments.what:
-            compare("photographs to 256", folder, 256, arguments)
-        if "cifar10" in arguments.what:
-            compare("CIFAR-10", str((SHARED / "cifar10/train").resolve()), 32, arguments)
+        with own_ray():
+            if "photos" in arguments.what:
+                compare("photographs to 256", folder, 256, arguments)
+            if "cifar10" in arguments.what:
+                compare("CIFAR-10", str((SHARED / "cifar10/train").resolve()), 32, arguments)
 
 
 if __name__ == "__main__":
