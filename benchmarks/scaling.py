@@ -114,7 +114,7 @@ def _step(rank: int, port: int, recipe: str, images: int, queue: Any) -> None:
     method_name = recipe.removesuffix("-imagenet")
     config = load_config(PretrainConfig, ["--recipe", recipe, "--data", "x", *SMALL.get(method_name, ())])
     torch.manual_seed(0)
-    method = build_method(config.method, config.backbone, 1000, 64)
+    method = build_method(config.method, config.backbone, 1000, 4096)
     distributed.convert_sync_batchnorm(method)
     counted = 0
 
