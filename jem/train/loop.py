@@ -19,7 +19,7 @@ from jem.data.plan import Plan, Position
 from jem.methods.base import Method, Progress, StepOutput
 from jem.models.backbones import Backbone
 from jem.train.checkpoint import State
-from jem.train.optimizers import build_optimizer, set_rates
+from jem.train.optimizers import build_optimizer, restore, set_rates
 from jem.train.schedules import learning_rate, scaled_lr, weight_decay
 from jem.train.watch import Reporter, Summary, Watch
 
@@ -64,7 +64,7 @@ def fit(
     first = 0
     if state is not None:
         method.load_state_dict(state.model)
-        optimizer.load_state_dict(state.optimizer)
+        restore(optimizer, state.optimizer)
         first = state.step
 
     watch = Watch(train, reporter, first, scaled=method.config.traits.scaled)
