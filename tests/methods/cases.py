@@ -133,6 +133,7 @@ CASES: dict[str, Case] = {
     "barlow, with variance and covariance terms": Case(
         BarlowConfig(projector=(16, 8), regularise=RegulariseConfig(mu=2.0, nu=1.5))
     ),
+    "barlow, embedding wider than the batch": Case(BarlowConfig(projector=(16, 32), scale=0.1)),
     "wmse": Case(WMSEConfig(projector=(16, 4), sub_batch=6, partitions=2)),
     "wmse, one sub-batch, multi-crop": Case(WMSEConfig(projector=(16, 4), sub_batch=12, epsilon=0.0), local=2),
     "simclr": Case(SimCLRConfig(projector=(16, 8))),
