@@ -26,6 +26,7 @@ from jem.config import AugmentConfig, PretrainConfig
 from jem.data.index import Index
 from jem.data.plan import Plan, Position
 from jem.data.stream import ray_batches, views_batches
+from jem.device import put
 from jem.errors import InputError, RunError
 from jem.methods import build_method
 from jem.progress import Progress
@@ -323,10 +324,10 @@ def _views(job: Job, rank: int, start: Position, device: torch.device) -> Iterat
         make = partial(_PoolAugment, config.augment, config.seed, rank)
         for views in views_batches(*mine, decode_tasks=job.decode_tasks, augment=config.augment, make=make):
             yield Views(
-                [view.to(device) for view in views.views],
-                views.id.to(device),
-                views.label.to(device),
-                views.masks and [None if mask is None else mask.to(device) for mask in views.masks],
+                [put(view, device) for view in views.views],
+                put(views.id, device),
+                put(views.label, device),
+                views.masks and [None if mask is None else put(mask, device) for mask in views.masks],
             )
         return
     batches = ray_batches(*mine, decode_tasks=job.decode_tasks, pin_memory=device.type == "cuda")

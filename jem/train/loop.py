@@ -67,7 +67,9 @@ def fit(
         restore(optimizer, state.optimizer)
         first = state.step
 
-    watch = Watch(train, reporter, first, scaled=method.config.traits.scaled)
+    # a CPU has done a step when it returns
+    late = device.type == "cuda"
+    watch = Watch(train, reporter, first, scaled=method.config.traits.scaled, late=late)
     following = source(plan.position(first))
     for step in range(first, total):
         epoch, within = plan.position(step)
