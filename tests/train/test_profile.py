@@ -1,4 +1,4 @@
-"""The profile of a run: disjoint phases that add up, a trace with their names, and a training that is none the wiser."""
+"""The profile of a run: disjoint phases that add up, a trace with their names, and a training that stays the same."""
 
 from __future__ import annotations
 
@@ -130,10 +130,8 @@ def test_what_runs_beside_the_step_or_in_a_pool_is_said_and_not_counted() -> Non
     assert not {"copy to the device", "augmentation"} & found.keys()
     assert found["evaluation, checkpoint"] == (0.5, 12.5)
     assert found["everything else"] == (0.5, 12.5)
-    assert (
-        "On a stream of their own, while the step before runs: copy to the device 3.00 ms, augmentation 9.00 ms."
-        in (beside.table())
-    )
+    parts = "copy to the device 3.00 ms, augmentation 9.00 ms"
+    assert f"On a stream of their own, while the step before runs: {parts}." in beside.table()
     pooled = Measured(5, 4.0, {"wait": 4.0}, {}, pooled=True).table()
     assert rows(pooled)["augmentation"] == (0, 0)
     assert "Views are made in a pool (augment.placement)" in pooled
@@ -178,11 +176,10 @@ def test_a_run_that_is_broken_off_while_it_is_traced_leaves_no_tracer(clock: Hou
     kept = Kept()
     steps = Profile(CPU, kept).steps(range(40))
     assert [next(steps) for _ in range(27)][-1] == 26, "the second of the traced ones"
+    assert torch._C._autograd._profiler_enabled()
     steps.close()
     assert kept.measured == []
-    with torch.profiler.profile() as other:
-        torch.ones(2).sum()
-    assert any(event.key == "aten::sum" for event in other.key_averages())
+    assert not torch._C._autograd._profiler_enabled()
 
 
 def test_profile_is_a_flag_and_a_run_without_enough_steps_is_refused(digits_dataset: Path, tmp_path: Path) -> None:
