@@ -89,9 +89,7 @@ class BarlowTwins(Method):
 
     def forward(self, views: Views) -> StepOutput:
         """Barlow Twins of two views."""
-        first, second = views
-        y1, z1 = self.branch(*first)
-        _, z2 = self.branch(*second)
+        (y1, z1), (_, z2) = self.branch.each(views)
         with torch.autocast(z1.device.type, enabled=False):
             loss, terms = barlow_loss(everyones(z1), everyones(z2), self.config.lam)
             loss = self.config.scale * loss

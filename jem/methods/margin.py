@@ -65,9 +65,7 @@ class Margin(Method):
 
     def forward(self, views: Views) -> StepOutput:
         """Margin loss of two views."""
-        first, second = views
-        y1, z1 = self.branch(*first)
-        _, z2 = self.branch(*second)
+        (y1, z1), (_, z2) = self.branch.each(views)
         with torch.autocast(z1.device.type, enabled=False):
             every = [everyones(z) for z in (z1, z2)]
             if self.config.normalise:

@@ -140,7 +140,7 @@ class OBoW(Method):
     def forward(self, views: Views) -> StepOutput:
         """OBoW of the teacher's view, the first, and the student's, all others."""
         teachers, *students = views
-        representations = [self.student(*view) for view in students]
+        representations = self.student.each(students)
         with torch.no_grad():
             maps = self.teacher.stages(teachers[0])
         terms: dict[str, Tensor] = {}

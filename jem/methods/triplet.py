@@ -95,9 +95,7 @@ class Triplet(Method):
 
     def forward(self, views: Views) -> StepOutput:
         """Triplet loss of two views."""
-        first, second = views
-        y1, z1 = self.branch(*first)
-        _, z2 = self.branch(*second)
+        (y1, z1), (_, z2) = self.branch.each(views)
         with torch.autocast(z1.device.type, enabled=False):
             config = self.config
             loss, terms = triplet_loss(everyones(z1), everyones(z2), config.margin, config.distance, config.negatives)

@@ -82,7 +82,7 @@ class WMSE(Method):
 
     def forward(self, views: Views) -> StepOutput:
         """W-MSE of all pairs of views."""
-        representations, embeddings = zip(*(self.branch(*view) for view in views), strict=True)
+        representations, embeddings = zip(*self.branch.each(views), strict=True)
         with torch.autocast(embeddings[0].device.type, enabled=False):
             every = [everyones(z) for z in embeddings]
             config = self.config

@@ -112,9 +112,10 @@ def _prepare(method: Method, config: PretrainConfig, device: torch.device) -> nn
         method.to(memory_format=torch.channels_last)
     if train.sync_bn and distributed.world() > 1:
         distributed.convert_sync_batchnorm(method)
-    if train.compile:
-        for module in method.modules():
-            if isinstance(module, Backbone):
+    for module in method.modules():
+        if isinstance(module, Backbone):
+            module.joint = module.joint or train.joint_views
+            if train.compile:
                 module.compile()
     if distributed.world() == 1:
         return method
