@@ -80,17 +80,23 @@ class RunFolder:
         """Begin the folder: the configuration, as YAML, and the record of the run."""
         filesystem, path = self._open(self.name)
         filesystem.create_dir(path, recursive=True)
-        self._put(CONFIG, config)
+        self._put(CONFIG, config.encode())
         self.note(record)
 
     def note(self, record: dict[str, Any]) -> None:
         """Replace the record of the run."""
-        self._put(RECORD, json.dumps(record, indent=2))
+        self._put(RECORD, json.dumps(record, indent=2).encode())
 
-    def _put(self, name: str, text: str) -> None:
+    def save(self, folder: str, name: str, content: bytes) -> None:
+        """Write the file `folder`/`name`, in place of one that there is."""
+        filesystem, path = self._open(self.name, folder)
+        filesystem.create_dir(path, recursive=True)
+        self._put(f"{folder}/{name}", content)
+
+    def _put(self, name: str, content: bytes) -> None:
         filesystem, path = self._open(self.name, name)
         with filesystem.open_output_stream(f"{path}.part") as out:
-            out.write(text.encode())
+            out.write(content)
         filesystem.move(f"{path}.part", path)
 
     def read(self) -> tuple[str, dict[str, Any]]:

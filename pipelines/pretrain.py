@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from jem.tracking.registry import register_encoder
 from jem.tracking.runs import Tracker, stripped
 from jem.train.launch import Job, Trained, train
 from jem.train.online import encoder_of
+from jem.train.profile import LEAST
 from jem.train.schedules import scaled_lr
 from pipelines.cluster import check_shared, connect, place
 from pipelines.command import main_for
@@ -37,6 +40,8 @@ from pipelines.folder import RunFolder
 from pipelines.settings import dump_config
 
 PREVIEW_IMAGES = 6
+PROFILE = "profile"
+"""Where the profile's files go, in the run's folder and in MLflow."""
 CURVES = ("train/", "health/", "online/")
 
 
@@ -122,7 +127,8 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
                 tracking_uri=tracker.uri,
                 run_id=record["run_id"],
             )
-            result = _finish(job, train(job), data, tracker)
+            save = partial(_save_profile, folder, tracker, job.run_id)
+            result = _finish(job, train(job, save), data, tracker)
     _print(result, config, tracker.where(result.run_id))
     return result
 
@@ -168,6 +174,13 @@ def _open(config: PretrainConfig) -> _Data:
             f"{config.data} has {len(index)} images, which do not fill one batch of train.batch_size "
             f"{config.train.batch_size}: lower it"
         )
+    batch, epochs = config.train.batch_size, config.train.epochs
+    carried = config.stream.remainder == "carry"
+    steps = epochs * len(index) // batch if carried else epochs * (len(index) // batch)
+    if config.profile and steps < LEAST:
+        raise InputError(
+            f"a profile needs {LEAST} steps, and this run has {steps}: raise train.epochs, or leave out --profile"
+        )
     build_method(config.method, config.backbone, classes, len(index))
     return _Data(index, test, classes)
 
@@ -179,6 +192,18 @@ def _fingerprint(index: Index) -> str:
 def _pool_cpus(config: PretrainConfig) -> float:
     augment = config.augment
     return augment.pool_cpus * augment.pool_actors if augment.placement == "pool" else 0.0
+
+
+def _save_profile(folder: RunFolder, tracker: Tracker, run_id: str, name: str, content: bytes) -> None:
+    """Put a file of the profile into the run's folder and into MLflow; a failure costs the file, not the run."""
+    try:
+        folder.save(PROFILE, name, content)
+    except OSError as error:
+        print(f"warning: {PROFILE}/{name} could not be written ({error})", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / name
+        path.write_bytes(content)
+        tracker.log_artifact(run_id, path, PROFILE)
 
 
 def _announce(config: PretrainConfig, data: _Data, name: str, cluster: str, *, gpu: bool) -> None:

@@ -5,6 +5,7 @@ Parameters are drawn on the CPU and every selection of images is made there, so 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from jem.batch import Batch, Views
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from contextlib import AbstractContextManager
 
     from torch import Generator, Tensor
 
@@ -154,6 +156,7 @@ def prefetched(
     augment: Augment,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    phase: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> Iterator[tuple[Batch, Views]]:
     """The views of each batch, on `device`, beside the batch as it came.
 
@@ -166,17 +169,25 @@ def prefetched(
         augment: makes the views.
         device: where the views are made and used.
         dtype: of the views.
+        phase: "copy" and "augment" run in what it makes of their names, to be measured.
     """
+
+    def made(batch: Batch, drawn_from: Generator) -> Views:
+        with phase("copy"):
+            moved = _moved(batch, device)
+        with phase("augment"):
+            return augment(moved, drawn_from, dtype)
+
     pairs = zip(batches, generators, strict=False)
     if device.type != "cuda":
         for batch, drawn_from in pairs:
-            yield batch, augment(_moved(batch, device), drawn_from, dtype)
+            yield batch, made(batch, drawn_from)
         return
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     waiting: tuple[Batch, Views, torch.cuda.Event] | None = None
     for batch, drawn_from in pairs:
         with torch.cuda.stream(side):
-            views = augment(_moved(batch, device), drawn_from, dtype)
+            views = made(batch, drawn_from)
             done = side.record_event()
         if waiting is not None:
             yield _handed_over(*waiting)

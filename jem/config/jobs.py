@@ -65,6 +65,7 @@ class PretrainConfig(Section):
     resume: str | None = Field(None, description="go on with the run of this name")
     storage: str = Field("runs", description="folder or URI that all nodes can write: checkpoints and configuration")
     seed: int = Field(0, ge=0)
+    profile: bool = Field(False, description="measure where a step's time goes, and record a trace of a few steps")
     stream: StreamConfig = StreamConfig()
     augment: AugmentConfig = AugmentConfig()
     backbone: BackboneConfig = BackboneConfig()

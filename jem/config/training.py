@@ -72,6 +72,11 @@ class TrainConfig(Section):
     accumulate: PositiveInt = Field(1, description="split each worker's batch into so many forward passes")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 is autocast; losses stay in float32")
     channels_last: bool = True
+    joint_views: bool = Field(
+        False,
+        description="views of one size in one forward pass of the backbone, whose batch norm then takes its statistics "
+        "over them together; a backbone without batch norm always does so",
+    )
     compile: bool = Field(False, description="torch.compile the backbone")
     sync_bn: bool = Field(True, description="batch norm statistics over the global batch")
     clip_norm: PositiveFloat | None = Field(None, description="limit of the gradient's norm")

@@ -36,6 +36,22 @@ def standardise(z: Tensor) -> Tensor:
     return (z - z.mean(dim=0)) * torch.rsqrt(z.var(dim=0, correction=0) + EPSILON)
 
 
+def correlation(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Diagonal, (d,), of C = A'B / N, and the sum of the squares of all its entries; a, b: standardised, (N, d) each.
+
+    |A'B|² is also the sum of the entries of AA' times those of BB', entry by entry, (N, N) both: they are taken for
+    N <= d / 2, where they are no more work than the (d, d) matrix, and much less memory. C's rank is N - 1 at most, so
+    where the views agree (a diagonal of equal c) its squares add up to c² d² / (N - 1), at least 2 c² d: half of the
+    sum or more lies off the diagonal, and subtracting the diagonal costs no precision. Where they do not, the products
+    may cancel: in float32 the relative error was 2e-6 for views that span orthogonal spaces, 1e-7 elsewhere.
+    """
+    n, d = a.shape
+    if 2 * n <= d:
+        return (a * b).sum(dim=0) / n, ((a @ a.T) * (b @ b.T)).sum() / n**2
+    c = a.T @ b / n
+    return c.diagonal(), c.square().sum()
+
+
 def barlow_loss(z1: Tensor, z2: Tensor, lam: float) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of the whole batch, and its two sums unweighted (the paper's equation 1).
 
@@ -51,12 +67,8 @@ def barlow_loss(z1: Tensor, z2: Tensor, lam: float) -> tuple[Tensor, dict[str, T
         raise InputError(
             f"Barlow Twins needs the correlation over a batch, and this one has {len(z1)} image: raise train.batch_size"
         )
-    c = standardise(z1).T @ standardise(z2) / len(z1)
-    squares = c.square()
-    terms = {
-        "invariance": (1 - c.diagonal()).square().sum(),
-        "redundancy": squares.sum() - squares.diagonal().sum(),
-    }
+    diagonal, squares = correlation(standardise(z1), standardise(z2))
+    terms = {"invariance": (1 - diagonal).square().sum(), "redundancy": squares - diagonal.square().sum()}
     return terms["invariance"] + lam * terms["redundancy"], terms
 
 
@@ -77,9 +89,7 @@ class BarlowTwins(Method):
 
     def forward(self, views: Views) -> StepOutput:
         """Barlow Twins of two views."""
-        first, second = views
-        y1, z1 = self.branch(*first)
-        _, z2 = self.branch(*second)
+        (y1, z1), (_, z2) = self.branch.each(views)
         with torch.autocast(z1.device.type, enabled=False):
             loss, terms = barlow_loss(everyones(z1), everyones(z2), self.config.lam)
             loss = self.config.scale * loss

@@ -72,6 +72,9 @@ class Method(nn.Module, ABC):
     `train.accumulate` is) and the backward pass, `after_backward`, the optimizer's step, and `after_step`. What a
     forward pass leaves for `after_step` (keys for the queue, a mean for the centre) is kept in attributes that are no
     state: no checkpoint is written in between.
+
+    A step does not wait for the device: what is drawn on the CPU gets there by `jem.device.put`, nothing is chosen by a
+    boolean mask, and no tensor is turned into a number (`tests/train/test_no_wait.py` names the exceptions).
     """
 
     def __init__(self, config: MethodSettings) -> None:

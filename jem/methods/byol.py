@@ -64,12 +64,12 @@ class BYOL(Method):
 
     def forward(self, views: Views) -> StepOutput:
         """BYOL of two views, in both directions."""
-        (y1, z1), (_, z2) = (self.online(*view) for view in views)
+        (y1, z1), (_, z2) = self.online.each(views)
         p1, p2 = self.predictor(z1), self.predictor(z2)
         t1, t2 = z1, z2
         if self.target is not None:
             with torch.no_grad():
-                (_, t1), (_, t2) = (self.target(*view) for view in views)
+                (_, t1), (_, t2) = self.target.each(views)
         with torch.autocast(z1.device.type, enabled=False):
             p1, p2, t1, t2 = (at_least_float32(x) for x in (p1, p2, t1, t2))
             loss = all_reduce_mean(byol_loss(p1, t2) + byol_loss(p2, t1))

@@ -125,7 +125,7 @@ class DeepCluster(Method):
             loss = 0 * torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum()
             return self.output(loss, (z1,), y1, {"clustering": loss, "accuracy": torch.zeros_like(loss)})
 
-        representations, embeddings = zip(*(self.branch(*view) for view in views), strict=True)
+        representations, embeddings = zip(*self.branch.each(views), strict=True)
         with torch.autocast(ids.device.type, enabled=False):
             every = [everyones(z) for z in embeddings]
             loss, accuracy = self._predict(every, self.assignments[ids])

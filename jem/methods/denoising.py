@@ -18,6 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from jem.device import put
 from jem.distributed import all_reduce_mean, world
 from jem.methods.base import Method, StepOutput, at_least_float32, mine
 from jem.models.backbones import Backbone, build_backbone
@@ -43,10 +44,10 @@ def add_noise(images: Tensor, sigma: float, mask: float, generator: Generator) -
     """
     shape = (world() * len(images), *images.shape[1:])
     if sigma:
-        images = images + sigma * mine(torch.randn(shape, generator=generator)).to(images)
+        images = images + sigma * put(mine(torch.randn(shape, generator=generator)), images.device).to(images.dtype)
     if mask:
         visible = torch.rand(shape[0], 1, *shape[2:], generator=generator) >= mask
-        images = images * mine(visible).to(images)
+        images = images * put(mine(visible), images.device)
     return images
 
 

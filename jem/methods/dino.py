@@ -32,7 +32,7 @@ from jem.models.heads import mlp
 from jem.models.momentum import decay, follow, momentum_copy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from jem.batch import Views
     from jem.config import BackboneConfig, DINOConfig
@@ -81,7 +81,14 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Representation (N, D), bottleneck (N, d) before it is normalised, and output (N, K) of one view."""
-        y = self.backbone(images, mask)
+        return self.headed(self.backbone(images, mask))
+
+    def each(self, views: Iterable[tuple[Tensor, Tensor | None]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The same of each view; the backbone may take them together, the head does not."""
+        return [self.headed(y) for y in self.backbone.each(views)]
+
+    def headed(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The representation, and what the head makes of it."""
         z = self.projector(y)
         # a bottleneck of tiny length keeps a bounded gradient
         unit = functional.normalize(z, dim=1, eps=1e-6)
@@ -118,9 +125,9 @@ class DINO(Method):
 
     def forward(self, views: Views) -> StepOutput:
         """DINO of two global views and any number of local ones."""
-        seen = [self.student(*view) for view in views]
+        seen = self.student.each(views)
         with torch.no_grad():
-            taught = [self.teacher(*view) for view in islice(views, 2)]
+            taught = self.teacher.each(islice(views, 2))
         with torch.autocast(seen[0][2].device.type, enabled=False):
             student = [at_least_float32(output) for _, _, output in seen]
             teacher = [at_least_float32(output) for _, _, output in taught]

@@ -70,11 +70,11 @@ class DirectPred(Method):
 
     def forward(self, views: Views) -> StepOutput:
         """BYOL's loss with p = W z, in both directions."""
-        (y1, z1), (_, z2) = (self.online(*view) for view in views)
+        (y1, z1), (_, z2) = self.online.each(views)
         t1, t2 = z1.detach(), z2.detach()
         if self.target is not None:
             with torch.no_grad():
-                (_, t1), (_, t2) = (self.target(*view) for view in views)
+                (_, t1), (_, t2) = self.target.each(views)
         with torch.autocast(z1.device.type, enabled=False):
             w1, w2, t1, t2 = (at_least_float32(x) for x in (z1, z2, t1, t2))
             both = torch.cat([w1, w2]).detach()

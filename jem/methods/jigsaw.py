@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from jem.device import put
 from jem.distributed import gather, world
 from jem.methods.base import Method, StepOutput, everyones, mine
 from jem.methods.patches import PATCHES, cut_patches
@@ -84,7 +85,7 @@ class Jigsaw(Method):
         if self.config.normalise:
             patches = standard_patches(patches)
         drawn = torch.randint(self.config.permutations, (world() * count,), generator=self.generator)
-        truth = mine(drawn).to(images.device)
+        truth = put(mine(drawn), images.device)
         order = self.permutations[truth]
         shuffled = patches[torch.arange(count, device=images.device)[:, None], order]
         y = self.network(shuffled.flatten(0, 1)).unflatten(0, (count, PATCHES))

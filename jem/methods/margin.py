@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from jem.methods.base import Method, StepOutput, everyones
-from jem.methods.triplet import other_images, squared_distances
+from jem.methods.triplet import of_other_images, squared_distances
 from jem.models.branch import Branch
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def margin_loss(z1: Tensor, z2: Tensor, margin: float) -> tuple[Tensor, dict[str
         margin: m, in the unit of the embeddings.
     """
     z = torch.cat([z1, z2])
-    apart = squared_distances(z)[other_images(len(z1), z.device)]
+    apart = of_other_images(squared_distances(z))
     terms = {
         "positive": (z1 - z2).square().sum(dim=1).mean() / 2,
         "negative": functional.relu(margin - torch.sqrt(apart + EPSILON)).square().mean() / 2,
@@ -65,9 +65,7 @@ class Margin(Method):
 
     def forward(self, views: Views) -> StepOutput:
         """Margin loss of two views."""
-        first, second = views
-        y1, z1 = self.branch(*first)
-        _, z2 = self.branch(*second)
+        (y1, z1), (_, z2) = self.branch.each(views)
         with torch.autocast(z1.device.type, enabled=False):
             every = [everyones(z) for z in (z1, z2)]
             if self.config.normalise:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from jem.device import put
 from jem.distributed import all_reduce_mean, gather, keep_batch_norm_local, world
 from jem.methods.base import Method, Progress, StepOutput, at_least_float32, mine
 from jem.methods.infonce import info_nce
@@ -85,7 +86,7 @@ class MoCo(Method):
             _, z = self.key_branch(images, mask)
             return functional.normalize(gather(at_least_float32(z)), dim=1)
         images, mask = gather(images), None if mask is None else gather(mask)
-        order = torch.randperm(len(images), generator=self.generator).to(images.device)
+        order = put(torch.randperm(len(images), generator=self.generator), images.device)
         parts = mine(order).chunk(groups // world())
         z = torch.cat([self.key_branch(images[part], None if mask is None else mask[part])[1] for part in parts])
         return functional.normalize(gather(at_least_float32(z))[order.argsort()], dim=1)

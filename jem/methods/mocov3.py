@@ -63,12 +63,10 @@ class MoCoV3(Method):
 
     def forward(self, views: Views) -> StepOutput:
         """The symmetric loss of two views."""
-        first, second = views
-        y1, z1 = self.branch(*first)
-        _, z2 = self.branch(*second)
+        (y1, z1), (_, z2) = self.branch.each(views)
         q1, q2 = self.predictor(z1), self.predictor(z2)
         with torch.no_grad():
-            k1, k2 = (gather(at_least_float32(self.key_branch(*view)[1])) for view in (first, second))
+            k1, k2 = (gather(at_least_float32(z)) for _, z in self.key_branch.each(views))
         with torch.autocast(z1.device.type, enabled=False):
             start, temperature = rank() * len(z1), self.config.temperature
             directions = [torch.stack(ctr(at_least_float32(q), k, temperature, start)) for q, k in ((q1, k2), (q2, k1))]

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from jem.device import put
 from jem.distributed import all_reduce_mean, world
 from jem.errors import InputError
 from jem.methods.base import Method, Progress, StepOutput, at_least_float32, everyones, mine
@@ -94,7 +95,7 @@ class Vocabulary(nn.Module):
         distance = distances(maps.flatten(2).transpose(1, 2), self.queue.rows)
         closest = all_reduce_mean(distance.amin(dim=2).mean())
         means = local_means(maps)
-        drawn = mine(torch.randint(means.shape[1], (len(means) * world(),), generator=generator)).to(maps.device)
+        drawn = put(mine(torch.randint(means.shape[1], (len(means) * world(),), generator=generator)), maps.device)
         rows = torch.arange(len(means), device=maps.device)
         self.pending.append((everyones(means[rows, drawn]), closest))
         return bag_of_words(distance, delta * self.distance.lerp(closest, pace))
@@ -139,7 +140,7 @@ class OBoW(Method):
     def forward(self, views: Views) -> StepOutput:
         """OBoW of the teacher's view, the first, and the student's, all others."""
         teachers, *students = views
-        representations = [self.student(*view) for view in students]
+        representations = self.student.each(students)
         with torch.no_grad():
             maps = self.teacher.stages(teachers[0])
         terms: dict[str, Tensor] = {}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from jem.device import put
 from jem.distributed import world
 from jem.errors import InputError
 from jem.methods.base import mine
@@ -42,15 +43,15 @@ def cut_patches(images: Tensor, size: int, generator: Generator, share: float = 
         InputError: images of less than 3 pixels.
     """
     count, channels, height, width = images.shape
-    cell = torch.tensor([height // 3, width // 3])
-    if cell.min() < 1:
+    if min(height, width) < 3:
         raise InputError(f"views of {height} x {width} pixels cannot be cut into 3 x 3 patches: raise the views' size")
-    side = max(1, round(int(cell.min()) * share))
+    cell = torch.tensor([height // 3, width // 3])
+    side = max(1, round(min(height, width) // 3 * share))
     drawn = torch.rand(world() * count, PATCHES, 2, generator=generator)
     # what H // 3 leaves over is a margin around the grid
     margin = (torch.tensor([height, width]) - 3 * cell) // 2
     corners = margin + cell * torch.cartesian_prod(torch.arange(3), torch.arange(3))
-    starts = (corners + (mine(drawn) * (cell - side + 1)).long()).to(images.device)
+    starts = put(corners + (mine(drawn) * (cell - side + 1)).long(), images.device)
     within = torch.arange(side, device=images.device)
     rows, columns = starts[..., 0, None] + within, starts[..., 1, None] + within  # (N, 9, side) each
     image = torch.arange(count, device=images.device)[:, None, None, None]

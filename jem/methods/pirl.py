@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from jem.device import put
 from jem.distributed import all_reduce_mean, gather, world
 from jem.errors import InputError
 from jem.methods.base import Method, Progress, StepOutput, at_least_float32, mine
@@ -100,7 +101,7 @@ class PIRL(Method):
         patches = cut_patches(images, self.config.patch_size, self.generator, SHARE)
         each = self.patch_projector(self.backbone(patches.flatten(0, 1))).unflatten(0, (count, PATCHES))
         order = mine(torch.rand(world() * count, PATCHES, generator=self.generator)).argsort(dim=1)
-        shuffled = each.take_along_dim(order[:, :, None].to(each.device), dim=1)
+        shuffled = each.take_along_dim(put(order, each.device)[:, :, None], dim=1)
         return self.jigsaw(shuffled.flatten(1))  # type: ignore[no-any-return]
 
     def forward(self, views: Views) -> StepOutput:
@@ -117,7 +118,7 @@ class PIRL(Method):
         y1, image = self.branch(*first)
         jigsaw = self.jigsaw_embedding(second)
         config, rows = self.config, self.bank.rows
-        drawn = torch.randint(len(rows), (config.negatives,), generator=self.generator).to(rows.device)
+        drawn = put(torch.randint(len(rows), (config.negatives,), generator=self.generator), rows.device)
         with torch.autocast(image.device.type, enabled=False):
             own, positive, negatives = views.id[:, None] == drawn, rows[views.id], rows[drawn]
             losses = [nce(at_least_float32(v), positive, negatives, own, config.temperature) for v in (jigsaw, image)]

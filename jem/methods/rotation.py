@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from jem.device import put
 from jem.distributed import gather, world
 from jem.methods.base import Method, StepOutput, everyones, mine
 from jem.models.backbones import Backbone, build_backbone
@@ -57,7 +58,7 @@ class Rotation(Method):
             mask = None if mask is None else mask.repeat(ROTATIONS, 1)
         else:
             turns = mine(torch.randint(ROTATIONS, (world() * count,), generator=self.generator))
-        turns = turns.to(images.device)
+        turns = put(turns, images.device)
         representation = self.network(rotated(images, turns), mask)
         logits = self.classifier(representation)
         with torch.autocast(images.device.type, enabled=False):

@@ -57,9 +57,7 @@ class SimCLR(Method):
 
     def forward(self, views: Views) -> StepOutput:
         """NT-Xent of two views."""
-        first, second = views
-        y1, z1 = self.branch(*first)
-        _, z2 = self.branch(*second)
+        (y1, z1), (_, z2) = self.branch.each(views)
         with torch.autocast(z1.device.type, enabled=False):
             loss, terms = nt_xent(everyones(z1), everyones(z2), self.config.temperature)
         return self.output(loss, (z1, z2), y1, terms)

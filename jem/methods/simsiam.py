@@ -62,7 +62,7 @@ class SimSiam(Method):
 
     def forward(self, views: Views) -> StepOutput:
         """SimSiam of two views."""
-        (y1, z1), (_, z2) = (self.branch(*view) for view in views)
+        (y1, z1), (_, z2) = self.branch.each(views)
         p1, p2 = self.predictor(z1), self.predictor(z2)
         with torch.autocast(z1.device.type, enabled=False):
             p1, p2, t1, t2 = (at_least_float32(x) for x in (p1, p2, z1, z2))

@@ -40,7 +40,7 @@ class Supervised(Method):
 
     def forward(self, views: Views) -> StepOutput:
         """Cross entropy of every view, averaged; the embedding is the logits."""
-        representations = [self.network(*view) for view in views]
+        representations = self.network.each(views)
         logits = [self.classifier(y) for y in representations]
         labels = gather(views.label)
         with torch.autocast(labels.device.type, enabled=False):

@@ -100,7 +100,7 @@ class SwAV(Method):
 
     def forward(self, views: Views) -> StepOutput:
         """SwAV of two global views and any number of local ones."""
-        representations, embeddings = zip(*(self.branch(*view) for view in views), strict=True)
+        representations, embeddings = zip(*self.branch.each(views), strict=True)
         config = self.config
         with torch.autocast(embeddings[0].device.type, enabled=False):
             every = [functional.normalize(everyones(z), dim=1) for z in embeddings]

@@ -35,9 +35,17 @@ def squared_distances(z: Tensor) -> Tensor:
     return (norms[:, None] + norms[None, :] - 2 * z @ z.T).clamp(min=0)
 
 
-def other_images(count: int, device: torch.device) -> Tensor:
-    """Which pairs of rows are of different images, bool (2 N, 2 N); N images' first views, then their second ones."""
-    return ~torch.eye(count, dtype=torch.bool, device=device).repeat(2, 2)
+def of_other_images(pairs: Tensor) -> Tensor:
+    """What `pairs` says of each row and the views of other images, (2 N, 2 N - 2).
+
+    Args:
+        pairs: of all pairs of rows, (2 N, 2 N); N images' first views, then their second ones.
+    """
+    n = len(pairs) // 2
+    image, others = torch.arange(2 * n, device=pairs.device) % n, torch.arange(n - 1, device=pairs.device)
+    # by their indices: how many a mask chooses would have to be read from the device
+    columns = others + (others >= image[:, None])
+    return pairs.gather(1, torch.cat([columns, columns + n], dim=1))
 
 
 def triplet_loss(
@@ -63,7 +71,7 @@ def triplet_loss(
     else:
         distances = squared_distances(z)
     positive = torch.cat([distances.diagonal(n), distances.diagonal(-n)])  # (2 N,): (i, N + i), then (N + i, i)
-    negative = distances[other_images(n, z.device)].view(2 * n, 2 * n - 2)
+    negative = of_other_images(distances)
     if negatives == "hardest":
         negative = negative.amin(dim=1, keepdim=True)
     excess = positive[:, None] - negative + margin
@@ -87,9 +95,7 @@ class Triplet(Method):
 
     def forward(self, views: Views) -> StepOutput:
         """Triplet loss of two views."""
-        first, second = views
-        y1, z1 = self.branch(*first)
-        _, z2 = self.branch(*second)
+        (y1, z1), (_, z2) = self.branch.each(views)
         with torch.autocast(z1.device.type, enabled=False):
             config = self.config
             loss, terms = triplet_loss(everyones(z1), everyones(z2), config.margin, config.distance, config.negatives)

@@ -92,9 +92,10 @@ class VICReg(Method):
 
     def forward(self, views: Views) -> StepOutput:
         """VICReg of two views."""
-        first, second = views
-        y1, z1 = self.branches[0](*first)
-        _, z2 = self.branches[-1](*second)
+        if len(self.branches) == 1:
+            (y1, z1), (_, z2) = cast("Branch", self.branches[0]).each(views)
+        else:
+            (y1, z1), (_, z2) = (branch(*view) for branch, view in zip(self.branches, views, strict=True))
         with torch.autocast(z1.device.type, enabled=False):
             config = self.config
             loss, terms = vicreg_loss(everyones(z1), everyones(z2), config.lam, config.mu, config.nu, config.hinge)

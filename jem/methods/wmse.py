@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from jem.device import put
 from jem.methods.base import Method, StepOutput, everyones
 from jem.models.branch import Branch
 
@@ -81,11 +82,11 @@ class WMSE(Method):
 
     def forward(self, views: Views) -> StepOutput:
         """W-MSE of all pairs of views."""
-        representations, embeddings = zip(*(self.branch(*view) for view in views), strict=True)
+        representations, embeddings = zip(*self.branch.each(views), strict=True)
         with torch.autocast(embeddings[0].device.type, enabled=False):
             every = [everyones(z) for z in embeddings]
             config = self.config
             drawn = [torch.randperm(len(every[0]), generator=self.generator) for _ in range(config.partitions)]
-            order = torch.stack(drawn).to(every[0].device)
+            order = put(torch.stack(drawn), every[0].device)
             loss = wmse_loss(every, order, config.sub_batch, config.epsilon)
         return self.output(loss, embeddings, representations[0], {})

@@ -13,6 +13,8 @@ from jem.config.networks import WAVEFORM
 from jem.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from jem.config import BackboneConfig
 
 
@@ -27,6 +29,27 @@ class Backbone(nn.Module):
     """What it was built from."""
     dim: int
     """D, width of the representation."""
+    joint: bool = False
+    """Whether views of one size go through together; `build_backbone` sets it where there is no batch norm."""
+
+    def each(self, views: Iterable[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+        """The representation, (N, dim), of each view: its images and their mask.
+
+        If `joint`, views of one size without masks share a forward pass, whose kernels are fewer and larger. Without
+        batch norm that is the same as one after the other; with batch norm they share the statistics too.
+        """
+        views = list(views)
+        groups: dict[object, list[int]] = {}
+        for place, (images, mask) in enumerate(views):
+            groups.setdefault(images.shape if self.joint and mask is None else place, []).append(place)
+        found: dict[int, Tensor] = {}
+        for places in groups.values():
+            if len(places) == 1:
+                found[places[0]] = self(*views[places[0]])
+            else:
+                together = self(torch.cat([views[place][0] for place in places]))
+                found |= zip(places, together.chunk(len(places)), strict=True)
+        return [found[place] for place in range(len(views))]
 
 
 class ResNet(Backbone):
@@ -136,8 +159,12 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     from jem.models.vit import ViT
     from jem.models.waveform import WaveformResNet
 
+    backbone: Backbone
     if config.is_vit:
-        return ViT(config)
-    if config.name == WAVEFORM:
-        return WaveformResNet(config)
-    return ResNet(config) if config.is_resnet else LibraryNetwork(config)
+        backbone = ViT(config)
+    elif config.name == WAVEFORM:
+        backbone = WaveformResNet(config)
+    else:
+        backbone = ResNet(config) if config.is_resnet else LibraryNetwork(config)
+    backbone.joint = not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules())  # noqa: SLF001, the base of them all
+    return backbone

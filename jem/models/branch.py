@@ -10,7 +10,7 @@ from jem.models.backbones import Backbone, build_backbone
 from jem.models.heads import mlp
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from jem.config import BackboneConfig
 
@@ -45,3 +45,7 @@ class Branch(nn.Module):
         """Representation (N, D) and embedding (N, d) of one view; `mask` as the backbone's."""
         representation = self.backbone(images, mask)
         return representation, self.projector(representation)
+
+    def each(self, views: Iterable[tuple[Tensor, Tensor | None]]) -> list[tuple[Tensor, Tensor]]:
+        """Representation and embedding of each view; the backbone may take them together, the projector does not."""
+        return [(representation, self.projector(representation)) for representation in self.backbone.each(views)]

@@ -36,8 +36,7 @@ def follow(target: nn.Module, online: nn.Module, tau: float) -> None:
     """
     targets: list[Tensor] = list(target.parameters())
     onlines: list[Tensor] = list(online.parameters())
-    torch._foreach_mul_(targets, tau)
-    torch._foreach_add_(targets, onlines, alpha=1 - tau)
+    torch._foreach_lerp_(targets, onlines, 1 - tau)
 
 
 def decay(config: MomentumConfig, share: float) -> float:

@@ -7,7 +7,7 @@ import os
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,16 @@ from jem.data.cache import Cache, cached_batches
 from jem.data.index import Index
 from jem.data.plan import Plan, Position
 from jem.data.stream import ray_batches, views_batches
+from jem.device import put
 from jem.errors import InputError, RunError
 from jem.methods import build_method
 from jem.progress import Progress
 from jem.tracking.runs import MetricLog
 from jem.train import checkpoint
 from jem.train.checkpoint import State
-from jem.train.loop import fit
+from jem.train.loop import Phase, fit
 from jem.train.online import OnlineKNN
+from jem.train.profile import TABLE, TRACE, Measured, Profile
 from jem.train.watch import Summary
 
 POLL_SECONDS = 0.5
@@ -108,10 +110,11 @@ class Mailbox:
         return self._fatal
 
 
-def train(job: Job) -> Trained:
+def train(job: Job, save: Callable[[str, bytes], None]) -> Trained:
     """Run the training on the Ray cluster that this process is connected to, or go on with it.
 
-    It goes on where `job.storage`/`job.name` holds a checkpoint.
+    It goes on where `job.storage`/`job.name` holds a checkpoint. `save` gets the name and the content of each file that
+    the workers make, as they make it: those of the profile.
 
     Raises:
         RunError: It could not finish; the message says why. The last checkpoint is kept.
@@ -139,7 +142,7 @@ def train(job: Job) -> Trained:
     )
     total = job.plan().total_steps(config.train.epochs) * config.train.batch_size
     try:
-        with _telling(mailbox, Progress(f"pretrain {job.name}", total)):
+        with _telling(mailbox, Progress(f"pretrain {job.name}", total), save):
             result = _fit(trainer)
         failure = (result.return_value or {}).get("failure")
     except ray.train.TrainingFailedError as error:
@@ -194,8 +197,8 @@ def _fatal(mailbox: Any) -> str | None:
 
 
 @contextlib.contextmanager
-def _telling(mailbox: Any, progress: Progress) -> Iterator[None]:
-    """Shows the workers' news while the block runs."""
+def _telling(mailbox: Any, progress: Progress, save: Callable[[str, bytes], None]) -> Iterator[None]:
+    """Shows the workers' news, and saves their files, while the block runs."""
     done = threading.Event()
 
     def show() -> None:
@@ -210,6 +213,8 @@ def _telling(mailbox: Any, progress: Progress) -> Iterator[None]:
                     progress.say(value)
                 elif kind == "at":
                     progress.at(value)
+                elif kind == "file":
+                    save(*value)
                 else:
                     images, info = value
                     progress.update(images, **info)
@@ -249,6 +254,14 @@ class _News:
     def say(self, message: str) -> None:
         if self._mine:
             self._mailbox.put.remote("say", message)
+
+    def profile(self, measured: Measured, trace: Path) -> None:
+        """Where a step's time goes; the files are the driver's to save."""
+        table = measured.table()
+        for name, content in ((TABLE, f"{table}\n".encode()), (TRACE, trace.read_bytes())):
+            # waited for, so that they are there before the run is over
+            ray.get(self._mailbox.put.remote("file", (name, content)), timeout=ANSWER_SECONDS)
+        self.say(f"where a step's time goes:\n{table}")
 
     def at(self, step: int, images: int) -> None:
         """The run goes on from a checkpoint."""
@@ -311,25 +324,33 @@ def _train(job: Job, news: _News) -> None:
     labelled = job.index.label_column is not None
     judge = OnlineKNN(config, job.index, job.test, device) if labelled and config.evaluation.online else None
 
+    profile = None
+    if config.profile and context.get_world_rank() == 0:
+        profile = Profile(device, news.profile, pooled=config.augment.placement == "pool")
+    phase = contextlib.nullcontext if profile is None else profile.phase
+
     def source(start: Position) -> Iterator[Views]:
-        return _views(job, context.get_world_rank(), start, device)
+        return _views(job, context.get_world_rank(), start, device, phase)
 
-    fit(config, method, source, job.plan(), news, news.keep, device=device, state=state, judge=judge)
+    plan = job.plan()
+    fit(config, method, source, plan, news, news.keep, device=device, state=state, judge=judge, profile=profile)
 
 
-def _views(job: Job, rank: int, start: Position, device: torch.device) -> Iterator[Views]:
+def _views(job: Job, rank: int, start: Position, device: torch.device, phase: Phase) -> Iterator[Views]:
     """This worker's views from `start` to the end of the run."""
     config, plan = job.config, job.plan()
     mine = (job.index, plan, config.stream, rank, start, config.train.epochs)
     if config.augment.placement == "pool":
         make = partial(_PoolAugment, config.augment, config.seed, rank)
         for views in views_batches(*mine, decode_tasks=job.decode_tasks, augment=config.augment, make=make):
-            yield Views(
-                [view.to(device) for view in views.views],
-                views.id.to(device),
-                views.label.to(device),
-                views.masks and [None if mask is None else mask.to(device) for mask in views.masks],
-            )
+            with phase("copy"):
+                moved = Views(
+                    [put(view, device) for view in views.views],
+                    put(views.id, device),
+                    put(views.label, device),
+                    views.masks and [None if mask is None else put(mask, device) for mask in views.masks],
+                )
+            yield moved
         return
     pin = device.type == "cuda"
     if job.cache is not None:
@@ -338,7 +359,7 @@ def _views(job: Job, rank: int, start: Position, device: torch.device) -> Iterat
         batches = ray_batches(*mine, decode_tasks=job.decode_tasks, pin_memory=pin)
     positions = plan.positions(start, config.train.epochs)
     generators = (generator(config.seed, *position, rank) for position in positions)
-    for _, views in prefetched(batches, generators, Augment(config.augment), device):
+    for _, views in prefetched(batches, generators, Augment(config.augment), device, phase=phase):
         yield views
 
 

@@ -19,12 +19,15 @@ from jem.data.plan import Plan, Position
 from jem.methods.base import Method, Progress, StepOutput
 from jem.models.backbones import Backbone
 from jem.train.checkpoint import State
-from jem.train.optimizers import build_optimizer, set_rates
+from jem.train.optimizers import build_optimizer, restore, set_rates
+from jem.train.profile import Profile
 from jem.train.schedules import learning_rate, scaled_lr, weight_decay
 from jem.train.watch import Reporter, Summary, Watch
 
 Source = Callable[[Position], Iterator[Views]]
 """Gives the views of this worker's batches from a position on, to the end of the run."""
+Phase = Callable[[str], contextlib.AbstractContextManager[object]]
+"""Makes what a part of a step is run in, by the names of `jem.train.profile.PHASES`."""
 
 
 class Keeper(Protocol):
@@ -45,11 +48,13 @@ def fit(
     device: torch.device,
     state: State | None = None,
     judge: Callable[[Method], dict[str, float]] | None = None,
+    profile: Profile | None = None,
 ) -> None:
     """Train `method` in place, from the beginning or from `state`, to the last epoch.
 
     Every rank calls it with its own `source`; on several ranks torch.distributed is initialised. `judge` (such as an
-    online kNN) is called on all ranks together at the end of an epoch, every `evaluation.online.every` epochs.
+    online kNN) is called on all ranks together at the end of an epoch, every `evaluation.online.every` epochs. A
+    `profile` measures some of this rank's steps, and changes nothing.
 
     Raises:
         RunError: A term of the loss is not finite.
@@ -64,14 +69,17 @@ def fit(
     first = 0
     if state is not None:
         method.load_state_dict(state.model)
-        optimizer.load_state_dict(state.optimizer)
+        restore(optimizer, state.optimizer)
         first = state.step
 
-    watch = Watch(train, reporter, first, scaled=method.config.traits.scaled)
+    # a CPU has done a step when it returns
+    late = device.type == "cuda"
+    watch = Watch(train, reporter, first, scaled=method.config.traits.scaled, late=late)
     following = source(plan.position(first))
-    for step in range(first, total):
+    phase = contextlib.nullcontext if profile is None else profile.phase
+    for step in range(first, total) if profile is None else profile.steps(range(first, total)):
         epoch, within = plan.position(step)
-        with watch.waiting():
+        with watch.waiting(), phase("wait"):
             views = next(following)
         lr = learning_rate(step, total=total, peak=peak, warmup=warmup, decay=schedule.decay, final=schedule.final)
         decay = weight_decay(step, total=total, start=config.optimizer.weight_decay, final=schedule.final_weight_decay)
@@ -79,18 +87,21 @@ def fit(
         # Whatever a method draws belongs to this step alone, so that a resumed run draws the same.
         torch.manual_seed(_seed(config.seed, epoch, within, distributed.rank()))
         progress = Progress(step, total, epoch, within == 0, config.seed)
-        output = _step(wrapped, method, optimizer, views, config, device, progress)
+        output = _step(wrapped, method, optimizer, views, config, device, progress, phase)
         done = step + 1
         method.after_step(replace(progress, step=done))
 
         last = within + 1 == plan.steps(epoch)
         watch.step(output, train.batch_size, done, {"lr": lr, "weight_decay": decay}, last=last)
         if last:
-            watch.epoch(epoch, train.epochs, done, judge(method) if judge and _judged(config, epoch) else {})
+            with phase("keep"):
+                judged = judge(method) if judge and _judged(config, epoch) else {}
+            watch.epoch(epoch, train.epochs, done, judged)
         due = last if train.checkpoint_every is None else done % train.checkpoint_every == 0
         if due or done == total:
             watch.check(lr)
-            keep(_state(method, optimizer, done) if mine else None, done, watch.summary())
+            with phase("keep"):
+                keep(_state(method, optimizer, done) if mine else None, done, watch.summary())
 
 
 def _prepare(method: Method, config: PretrainConfig, device: torch.device) -> nn.Module:
@@ -101,9 +112,10 @@ def _prepare(method: Method, config: PretrainConfig, device: torch.device) -> nn
         method.to(memory_format=torch.channels_last)
     if train.sync_bn and distributed.world() > 1:
         distributed.convert_sync_batchnorm(method)
-    if train.compile:
-        for module in method.modules():
-            if isinstance(module, Backbone):
+    for module in method.modules():
+        if isinstance(module, Backbone):
+            module.joint = module.joint or train.joint_views
+            if train.compile:
                 module.compile()
     if distributed.world() == 1:
         return method
@@ -124,6 +136,7 @@ def _step(
     config: PretrainConfig,
     device: torch.device,
     progress: Progress,
+    phase: Phase = contextlib.nullcontext,
 ) -> StepOutput:
     """Forward and backward in `train.accumulate` parts, and the optimizer's step; the output is of the last part."""
     train = config.train
@@ -133,14 +146,16 @@ def _step(
     for index, part in enumerate(_split(views, train.accumulate), start=1):
         sums = index < train.accumulate and isinstance(wrapped, DistributedDataParallel)
         with cast("DistributedDataParallel", wrapped).no_sync() if sums else contextlib.nullcontext():
-            with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+            with phase("forward"), torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
                 output = wrapped(part)
-            torch.autograd.backward(output.loss / train.accumulate)
-    method.after_backward(progress)
-    if train.clip_norm is not None:
-        nn.utils.clip_grad_norm_(method.parameters(), train.clip_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+            with phase("backward"):
+                torch.autograd.backward(output.loss / train.accumulate)
+    with phase("optimizer"):
+        method.after_backward(progress)
+        if train.clip_norm is not None:
+            nn.utils.clip_grad_norm_(method.parameters(), train.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return output
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from jem.config import OptimizerConfig
     from jem.methods.base import Method
 
+FUSED = ("cpu", "cuda")
+"""Devices on which torch's optimizers have one kernel for the whole step."""
+
 
 class LARS(Optimizer):
     """Layer-wise adaptive rate scaling, in the dialect of the VICReg and Barlow Twins papers' code.
@@ -126,17 +129,48 @@ def build_optimizer(method: Method, config: OptimizerConfig, lr: float) -> Optim
     if isinstance(config, LARSConfig) and config.bias_lr is not None:
         bias_scale = config.bias_lr / config.lr
     groups = parameter_groups(method, config.weight_decay, bias_scale)
+    fused = all(weight.device.type in FUSED for group in groups for weight in group["params"])
     match config:
         case LARSConfig():
             optimizer: Optimizer = LARS(groups, lr, momentum=config.momentum, eta=config.eta, clip=config.clip)
         case SGDConfig():
-            optimizer = SGD(groups, lr, momentum=config.momentum, nesterov=config.nesterov)
+            optimizer = SGD(groups, lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+            if config.momentum:
+                optimizer.register_step_pre_hook(_begin_momenta)
         case AdamConfig():
-            optimizer = Adam(groups, lr, betas=config.betas)
+            optimizer = Adam(groups, lr, betas=config.betas, fused=fused)
         case AdamWConfig():
-            optimizer = AdamW(groups, lr, betas=config.betas)
+            optimizer = AdamW(groups, lr, betas=config.betas, fused=fused)
     set_rates(optimizer, lr, lr, config.weight_decay)
     return optimizer
+
+
+def _begin_momenta(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Give a momentum of 0 to each weight that moves for the first time, which is how SGD begins.
+
+    Fused, it can begin with all weights of a group at once only, and some methods let a part stand still at first.
+    """
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight.grad is not None and optimizer.state[weight].get("momentum_buffer") is None:
+                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+
+
+def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load the state dictionary of an optimizer of the same kind, fused or not, on whatever device.
+
+    What it remembers of a weight is laid out in memory as the weight is: fused operations take the layouts for equal
+    (on a CPU without looking, torch 2.15).
+    """
+    groups = [
+        kept | ({"fused": group["fused"]} if "fused" in group else {})
+        for group, kept in zip(optimizer.param_groups, state["param_groups"], strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for weight, slots in optimizer.state.items():
+        for name, value in slots.items():
+            if isinstance(value, Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
+                slots[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def set_rates(optimizer: Optimizer, lr: float, peak: float, weight_decay: float) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -40,17 +41,23 @@ class Reporter(Protocol):
 class Watch:
     """Measures the steps of one worker, and tells the reporter every `log_every` steps.
 
-    Numbers stay on the device until they are told, so that no step waits for them.
+    Numbers stay on the device until they are told. `late`, for a device that works while the host goes on, tells of a
+    step when the next one has been given to the device, or the epoch ends: it never runs out of work for being read.
+    All workers read after the same steps, so that they stop after the same one.
 
     Args:
         config: how often it tells and examines.
         reporter: whom it tells.
         step: steps done so far.
         scaled: whether the loss holds the embedding to a scale, so that a small one is a collapse.
+        late: whether to tell one step later.
     """
 
-    def __init__(self, config: TrainConfig, reporter: Reporter, step: int, *, scaled: bool) -> None:
-        self._config, self._reporter, self._scaled = config, reporter, scaled
+    def __init__(self, config: TrainConfig, reporter: Reporter, step: int, *, scaled: bool, late: bool = False) -> None:
+        self._config, self._reporter, self._scaled, self._late = config, reporter, scaled, late
+        self._unread: list[Callable[[], None]] = []
+        self._computed: torch.cuda.Event | None = None
+        self._aside: torch.cuda.Stream | None = None
         self._told = step
         self._images, self._waited, self._began = 0, 0.0, time.monotonic()
         self._first_bad: Tensor | None = None
@@ -73,26 +80,47 @@ class Watch:
         Raises:
             RunError: A term was not finite since the last time it was told, on any worker.
         """
+        self._catch_up()
         self._images += images
-        self._note_terms(output, step)
+        first_bad = self._note_terms(output, step)
         due = step % self._config.log_every == 0
         sick = step % self._config.health_every == 0
         if due or sick or last:
-            self.check(rates["lr"])
+            self._unread.append(partial(self._refuse, distributed.gather(first_bad), rates["lr"]))
         if due:
-            self._tell(
-                dict(zip(self._names, distributed.all_reduce_mean(self._values).tolist(), strict=True)) | rates, step
-            )
+            self._unread.append(partial(self._tell, distributed.all_reduce_mean(self._values), rates, step))
         if sick or last:
-            self._examine(output, step)
+            embedding, representation = (
+                distributed.gather(x.detach().float()) for x in (output.embedding, output.representation)
+            )
+            assignment = None if output.assignment is None else distributed.gather(output.assignment.float())
+            self._unread.append(partial(self._examine, embedding, representation, assignment, step))
+        if self._unread and self._values.is_cuda:
+            self._computed = torch.cuda.current_stream(self._values.device).record_event()
+        if last or not self._late:
+            self._catch_up()
 
-    def _note_terms(self, output: StepOutput, step: int) -> None:
+    def _catch_up(self) -> None:
+        """Read what was noted. On CUDA a stream of its own waits for that alone, not for the step given since."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        if self._computed is not None:
+            self._aside = self._aside or torch.cuda.Stream(self._values.device)  # type: ignore[no-untyped-call]
+            self._aside.wait_event(self._computed)
+        with contextlib.nullcontext() if self._aside is None else torch.cuda.stream(self._aside):
+            for read in unread:
+                read()
+
+    def _note_terms(self, output: StepOutput, step: int) -> Tensor:
+        """Returns this worker's first step at which each term was not finite, or -1: int64 (1, terms)."""
         self._names = ["loss", *output.terms]
         self._values = torch.stack([output.loss.detach(), *(term.detach() for term in output.terms.values())]).double()
         if self._first_bad is None:
-            self._first_bad = torch.full((len(self._names),), -1, dtype=torch.int64, device=self._values.device)
+            self._first_bad = torch.full((1, len(self._names)), -1, dtype=torch.int64, device=self._values.device)
         bad = (self._first_bad < 0) & ~torch.isfinite(self._values)
         self._first_bad = torch.where(bad, step, self._first_bad)
+        return self._first_bad
 
     def check(self, lr: float) -> None:
         """Stop the run if a term was not finite, on any worker.
@@ -100,9 +128,13 @@ class Watch:
         Raises:
             RunError: Names the step, the terms, and what helps.
         """
-        if self._first_bad is None:
-            return
-        first = distributed.gather(self._first_bad.unsqueeze(0)).amax(0).tolist()
+        self._catch_up()
+        if self._first_bad is not None:
+            self._refuse(distributed.gather(self._first_bad), lr)
+
+    def _refuse(self, first_bad: Tensor, lr: float) -> None:
+        """`first_bad`: (workers, terms), each worker's first step whose term was not finite, or -1."""
+        first = first_bad.amax(0).tolist()
         bad = {name: step for name, step in zip(self._names, first, strict=True) if step >= 0}
         if bad:
             raise RunError(
@@ -110,7 +142,8 @@ class Watch:
                 f"{lr:.3g}), lengthen schedule.warmup_epochs or set train.clip_norm; the last checkpoint is kept"
             )
 
-    def _tell(self, values: dict[str, float], step: int) -> None:
+    def _tell(self, terms: Tensor, lr_and_decay: dict[str, float], step: int) -> None:
+        values = dict(zip(self._names, terms.tolist(), strict=True)) | lr_and_decay
         elapsed = max(time.monotonic() - self._began, 1e-9)
         rates = {"images_per_second": self._images / elapsed, "wait_share": self._waited / elapsed}
         self._reporter.metrics({f"train/{name}": value for name, value in (values | rates).items()}, step)
@@ -125,17 +158,17 @@ class Watch:
         self._images, self._waited, self._began = 0, 0.0, time.monotonic()
         self.last = values | rates
 
-    def _examine(self, output: StepOutput, step: int) -> None:
+    def _examine(self, embedding: Tensor, representation: Tensor, assignment: Tensor | None, step: int) -> None:
         """Each is looked at: a batch norm at the head's end keeps a collapsed embedding's scale up, for example."""
-        self.health = embedding_health(distributed.gather(output.embedding.detach().float()))
-        kept = embedding_health(distributed.gather(output.representation.detach().float()))
+        self.health = embedding_health(embedding)
+        kept = embedding_health(representation)
         found = verdict(self.health, absolute=self._scaled)
         if not found.kind:
             below = verdict(kept, absolute=False)
             found = replace(below, words=f"the representation is {below.words}") if below.kind else found
-        if not found.kind and output.assignment is not None:
+        if not found.kind and assignment is not None:
             # the probabilities of neighbouring clusters correlate by nature: only their spread counts
-            above = verdict(embedding_health(distributed.gather(output.assignment.float())), absolute=False)
+            above = verdict(embedding_health(assignment), absolute=False)
             found = replace(above, words=f"the assignment to clusters is {above.words}") if above.kind == 1 else found
         values = {f"health/{name}": getattr(self.health, name) for name in HEALTH}
         values |= {f"health/representation_{name}": getattr(kept, name) for name in HEALTH}

@@ -38,6 +38,7 @@ from jem.config import (
 )
 from jem.distributed import rank, world
 from jem.methods import Method, Progress, build_method
+from jem.models.backbones import Backbone
 
 # half a million parameters: a ResNet-18 has 11 million, and every case is kept for the comparison
 SMALL = BackboneConfig(name="timm:test_resnet")
@@ -66,10 +67,17 @@ class Case:
     without_gradient: tuple[str, ...] = ()
     """Beginnings of the names of parameters that this step leaves alone."""
 
+    joint: bool = False
+    """As `train.joint_views`."""
+
     def build(self) -> Method:
         """The method in float64; the same weights each time."""
         torch.manual_seed(0)
-        return build_method(self.config, self.backbone, CLASSES, BATCH).double()  # type: ignore[arg-type]
+        method = build_method(self.config, self.backbone, CLASSES, BATCH).double()  # type: ignore[arg-type]
+        for module in method.modules():
+            if isinstance(module, Backbone):
+                module.joint = module.joint or self.joint
+        return method
 
     def batch(self, step: int) -> Views:
         """The global batch of a step: the same images' ids in another order, other views."""
@@ -133,9 +141,12 @@ CASES: dict[str, Case] = {
     "barlow, with variance and covariance terms": Case(
         BarlowConfig(projector=(16, 8), regularise=RegulariseConfig(mu=2.0, nu=1.5))
     ),
+    "barlow, embedding wider than the batch": Case(BarlowConfig(projector=(16, 32), scale=0.1)),
     "wmse": Case(WMSEConfig(projector=(16, 4), sub_batch=6, partitions=2)),
     "wmse, one sub-batch, multi-crop": Case(WMSEConfig(projector=(16, 4), sub_batch=12, epsilon=0.0), local=2),
     "simclr": Case(SimCLRConfig(projector=(16, 8))),
+    "simclr, joint views": Case(SimCLRConfig(projector=(16, 8)), joint=True),
+    "simclr, ViT": Case(SimCLRConfig(projector=(8,)), backbone=VIT),
     "simclr, masked ViT": Case(SimCLRConfig(projector=(8,)), backbone=VIT, masked=True),
     "simclr, with variance and covariance terms": Case(
         SimCLRConfig(projector=(16, 8), temperature=0.5, regularise=RegulariseConfig())
@@ -201,6 +212,7 @@ CASES: dict[str, Case] = {
         DirectPredConfig(projector=(16, 8), regularise=RegulariseConfig())
     ),
     "dino": Case(DINOConfig(projector=(16, 8), prototypes=10, warmup_epochs=2), local=2),
+    "dino, joint views": Case(DINOConfig(projector=(16, 8), prototypes=10), local=2, joint=True, gradient_at=1),
     "dino, batch norm, no centring, the student's encoder": Case(
         DINOConfig(projector=(16, 8), prototypes=10, norm=True, centring=False, freeze_epochs=0, encoder="student"),
         gradient_at=2,

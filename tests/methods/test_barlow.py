@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from jem.batch import Views
 from jem.config import BackboneConfig, BarlowConfig, PretrainConfig
@@ -49,7 +51,7 @@ def embeddings(n: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(2, 12), d=st.integers(1, 10), lam=st.floats(0, 2), seed=st.integers(0, 99))
+@given(n=st.integers(2, 12), d=st.integers(1, 26), lam=st.floats(0, 2), seed=st.integers(0, 99))
 def test_loss_is_the_papers(n: int, d: int, lam: float, seed: int) -> None:
     z1, z2 = embeddings(n, d, seed)
     loss, terms = barlow_loss(z1, z2, lam)
@@ -58,9 +60,54 @@ def test_loss_is_the_papers(n: int, d: int, lam: float, seed: int) -> None:
     assert loss.item() == pytest.approx(on + lam * off, rel=1e-9, abs=1e-9)
 
 
-def test_gradient_is_that_of_the_loss_through_the_standardisation() -> None:
-    z1, z2 = (z.requires_grad_() for z in embeddings(6, 4))
+@pytest.mark.parametrize("d", [4, 11, 12, 20])
+def test_gradient_is_that_of_the_loss_through_the_standardisation(d: int) -> None:
+    z1, z2 = (z.requires_grad_() for z in embeddings(6, d))
     assert torch.autograd.gradcheck(lambda a, b: barlow_loss(a, b, 0.3)[0], (z1, z2))
+
+
+def test_gradient_of_wide_embeddings_is_that_of_the_cross_correlation_matrix() -> None:
+    """Written out, entry by entry of the (d, d) matrix, which the loss does not make."""
+    z1, z2 = (z.requires_grad_() for z in embeddings(8, 40))
+    loss, _ = barlow_loss(z1, z2, 0.3)
+    a, b = (torch.nn.functional.batch_norm(z, None, None, training=True) for z in (z1, z2))
+    c = torch.einsum("ni,nj->ij", a, b) / 8
+    weights = torch.full((40, 40), 0.3, dtype=torch.float64).fill_diagonal_(1)
+    expected = (weights * (c - torch.eye(40)).square()).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    for found, wanted in zip(torch.autograd.grad(loss, (z1, z2)), torch.autograd.grad(expected, (z1, z2)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 10.0])
+def test_wide_embeddings_are_as_precise_in_float32(noise: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z1 = torch.randn(32, 256, generator=generator, dtype=torch.float64)
+    z2 = z1 + noise * torch.randn(32, 256, generator=generator, dtype=torch.float64)
+    c = torch.corrcoef(torch.cat([z1, z2], dim=1).T)[:256, 256:]
+    off = c.square().sum() - c.diagonal().square().sum()
+    _, terms = barlow_loss(z1.float(), z2.float(), 1.0)
+    assert terms["redundancy"].item() == pytest.approx(off.item(), rel=1e-4)  # the epsilon: 1e-5 of the variance
+    _, exact = barlow_loss(z1, z2, 1.0)
+    assert terms["redundancy"].item() == pytest.approx(exact["redundancy"].item(), rel=2e-6)
+
+
+def test_wide_embeddings_need_no_matrix_of_their_width() -> None:
+    z1, z2 = embeddings(8, 64)
+    with Largest() as seen:
+        barlow_loss(z1, z2, 0.1)
+    assert seen.numbers == 8 * 64
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numbers = max(self.numbers, *(each.numel() for each in tree_leaves(out) if isinstance(each, Tensor)))
+        return out
 
 
 def test_it_is_blind_to_shift_and_scale_of_each_dimension() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -210,13 +211,26 @@ def _is_as_undisturbed(result: PretrainResult, undisturbed: PretrainResult, stor
     assert runs[0].info.status == "FINISHED"
 
 
-def test_views_made_in_a_pool_are_those_of_the_device(undisturbed, digits_dataset, digits_test, storage):
-    values = config_of(digits_dataset, digits_test, storage, "pool").model_dump()
+def test_views_made_in_a_pool_are_those_of_the_device_and_a_profile_changes_nothing(
+    undisturbed, digits_dataset, digits_test, storage, capsys
+):
+    values = config_of(digits_dataset, digits_test, storage, "pool").model_dump() | {"profile": True}
     values["augment"] |= {"placement": "pool", "pool_actors": 1, "pool_cpus": 0.2}
     values["evaluation"] |= {"probe": None}
     result = pretrain(PretrainConfig.model_validate(values))
     expected, found = weights(storage, "undisturbed"), weights(storage, result.name)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    table = (storage / "pool" / "profile" / "profile.md").read_text()
+    assert "| backward " in table
+    assert "Means of 5 steps.\nViews are made in a pool (augment.placement)" in table
+    assert table in capsys.readouterr().err
+    trace = gzip.decompress((storage / "pool" / "profile" / "trace.json.gz").read_bytes())
+    assert b"jem/forward" in trace
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    assert {item.path for item in client.list_artifacts(result.run_id, "profile")} == {
+        "profile/profile.md",
+        "profile/trace.json.gz",
+    }
 
 
 def test_masks_and_views_of_two_sizes_train_a_vit_wherever_they_are_made(

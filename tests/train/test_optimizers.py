@@ -18,7 +18,7 @@ from jem.config import (
     VICRegConfig,
 )
 from jem.methods import Method, StepOutput, build_method
-from jem.train.optimizers import LARS, build_optimizer, parameter_groups, set_rates
+from jem.train.optimizers import LARS, build_optimizer, parameter_groups, restore, set_rates
 
 CONFIGS: list[OptimizerConfig] = [
     LARSConfig(),
@@ -232,7 +232,77 @@ def test_state_dictionary_goes_on_to_the_bit(config: OptimizerConfig, tmp_path) 
     second = network()
     second.load_state_dict(saved["model"])
     optimizer = build_optimizer(second, config, 0.1)
-    optimizer.load_state_dict(saved["optimizer"])
+    restore(optimizer, saved["optimizer"])
     steps(second, optimizer, 3, 6)
     for name, value in through.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
+
+
+class Convolutions(Holder):
+    """A convolution whose weight lies in memory with the channels last, and one that begins to move at its own time."""
+
+    def __init__(self, layout: torch.memory_format = torch.channels_last) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)).double().to(memory_format=layout))
+
+    def steps(self, optimizer: torch.optim.Optimizer, start: int, stop: int) -> None:
+        for step in range(start, stop):
+            generator = torch.Generator().manual_seed(step)
+            images = torch.randn(2, 3, 6, 6, generator=generator, dtype=torch.float64)
+            self.layers(images).square().sum().backward()
+            if step < 2:
+                self.layers[1].weight.grad = None
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def plain(method: Method, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of `config`, one weight after the other, as torch has always had it."""
+    groups = parameter_groups(method, config.weight_decay)
+    if isinstance(config, SGDConfig):
+        return torch.optim.SGD(groups, 0.01, momentum=config.momentum, nesterov=config.nesterov, foreach=False)
+    assert isinstance(config, AdamConfig | AdamWConfig)
+    kind = torch.optim.Adam if isinstance(config, AdamConfig) else torch.optim.AdamW
+    return kind(groups, 0.01, betas=config.betas, foreach=False)
+
+
+TORCHS = [SGDConfig(), SGDConfig(nesterov=True), SGDConfig(momentum=0.0), AdamConfig(), AdamWConfig()]
+
+
+@pytest.mark.parametrize("config", TORCHS, ids=lambda config: f"{config.name}")
+def test_one_kernel_moves_all_weights_as_torch_moves_one_after_the_other(config: OptimizerConfig) -> None:
+    """Also where a layer stands still at first, and whatever way the weights lie in memory."""
+    fused, single = Convolutions(), Convolutions()
+    optimizer = build_optimizer(fused, config, 0.01)
+    assert all(group["fused"] for group in optimizer.param_groups)
+    fused.steps(optimizer, 0, 5)
+    single.steps(plain(single, config), 0, 5)
+    for (name, found), expected in zip(fused.named_parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14, msg=name)
+
+
+@pytest.mark.parametrize("config", TORCHS, ids=lambda config: f"{config.name}")
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["as the weights", "otherwise"])
+def test_a_state_that_was_saved_unfused_goes_on_fused_however_it_lies_in_memory(
+    config: OptimizerConfig, layout: torch.memory_format, tmp_path
+) -> None:
+    whole, first, rest = Convolutions(), Convolutions(layout), Convolutions()
+    whole.steps(plain(whole, config), 0, 6)
+    old = plain(first, config)
+    first.steps(old, 0, 3)
+    state = old.state_dict()
+    for group in state["param_groups"]:
+        del group["fused"]  # as an older torch's
+    torch.save({"model": first.state_dict(), "optimizer": state}, tmp_path / "checkpoint")
+    saved = torch.load(tmp_path / "checkpoint", weights_only=True)
+    rest.load_state_dict(saved["model"])
+    optimizer = build_optimizer(rest, config, 0.01)
+    restore(optimizer, saved["optimizer"])
+    assert all(group["fused"] for group in optimizer.param_groups)
+    rest.steps(optimizer, 3, 6)
+    for (name, found), expected in zip(rest.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14, msg=name)
+    # and the other way round: what was saved fused goes on unfused
+    back = plain(Convolutions(), config)
+    restore(back, optimizer.state_dict())
+    assert not any(group["fused"] for group in back.param_groups)
