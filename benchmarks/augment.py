@@ -23,7 +23,7 @@ import torch
 from alternate import Way, in_turns, table
 from lightly.transforms import SimCLRTransform
 from PIL import Image
-from stream import BATCH, PHOTOS, SHARED, TASKS, memory_folder, own_ray, photographs
+from stream import BATCH, PHOTOS, SHARED, TASKS, WORKERS, memory_folder, own_ray, photographs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -50,7 +50,7 @@ def views(size: int) -> AugmentConfig:
 
 
 def ours(index: Index, canvas: int, size: int, epochs: int) -> int:
-    """The stream decodes in 2 tasks, this process augments."""
+    """The stream decodes, this process augments."""
     plan = Plan(index.rows, 0, BATCH, 1, 4)
     start = Position(0, 0)
     batches = ray_batches(index, plan, StreamConfig(canvas=canvas), 0, start, epochs, decode_tasks=TASKS)
@@ -83,7 +83,7 @@ def from_bytes(title: str, folder: str, canvas: int, size: int, epochs: int, lig
         BATCH,
         shuffle=True,
         drop_last=True,
-        num_workers=TASKS,
+        num_workers=WORKERS,
         persistent_workers=True,
         multiprocessing_context="spawn",
     )

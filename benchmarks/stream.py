@@ -7,7 +7,7 @@ cifar10  the training set, 32 px, from Parquet
 memory   peak memory of one epoch of photographs, and of one of 20 times as many
 
 Whole epochs, the start of each included. Every way gives shuffled (Ray's recipe: unshuffled) uint8 batches of 256 with
-labels, decoded with 2 processes, and the consumer touches every page of each.
+labels, and the consumer touches every page of each.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ from pipelines.cluster import connect
 MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory, on Linux
 SHARED = Path(__file__).parent / "../../shared/data"
 BATCH = 256
-TASKS = 2
+WORKERS = 2
+TASKS = WORKERS + 1  # as `jem pretrain` plans on 2 CPUs
 PHOTOS = 4000
 MORE = 20
 
@@ -147,7 +148,7 @@ def loader(index: Index, canvas: int) -> DataLoader[tuple[torch.Tensor, int]]:
         Images(index, canvas),
         BATCH,
         shuffle=True,
-        num_workers=TASKS,
+        num_workers=WORKERS,
         persistent_workers=True,
         multiprocessing_context="spawn",
     )

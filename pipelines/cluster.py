@@ -138,8 +138,9 @@ def place(config: ClusterConfig, stream: StreamConfig, cluster: Cluster, pool_cp
             f"the cluster has {cluster}; {asked} leave {max(left, 0):g} CPUs for decoding, which needs "
             f"{stream.decode_cpus:g} per worker: lower cluster.workers, cluster.cpus_per_worker or stream.decode_cpus"
         )
-    # More tasks than CPUs would only take turns. They reserve less than one so that a small machine can hold one.
-    useful = max(1, int(cluster.cpus / config.workers))
+    # One more than CPUs: it works while another's successor is being started (2 cores, photographs: 879 images/s with
+    # 2 tasks, 1111 with 3, 1073 with 4). They reserve less than a CPU so that a small machine can hold them.
+    useful = int(cluster.cpus / config.workers) + 1
     return Placement(gpu=gpu, decode_tasks=min(stream.decode_tasks or useful, tasks))
 
 

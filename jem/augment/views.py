@@ -13,6 +13,7 @@ import torch
 from jem.augment import fused, ops
 from jem.augment.params import HUE, ViewParams, draw, generator
 from jem.batch import Batch, Views
+from jem.device import put
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -194,13 +195,6 @@ def prefetched(
         waiting = batch, views, done
     if waiting is not None:
         yield _handed_over(*waiting)
-
-
-def put(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`, without waiting for it."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:

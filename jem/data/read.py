@@ -137,7 +137,7 @@ class Rows:
                 if opened is None or opened[0] != number:
                     opened = number, self._open(number)
                 self._read(opened[1], group, where)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, IndexError, pa.ArrowException) as error:
             name = index.files[number]
             raise RunError(f"cannot read {name} ({error}): check the file, and whether it changed since") from error
 
@@ -153,16 +153,15 @@ class Rows:
         struct = pa.types.is_struct(parquet.schema_arrow.field(index.image_column).type)
         image = f"{index.image_column}.bytes" if struct else index.image_column
         table = parquet.read_row_group(int(index.row_group[group]), columns=[image, *others], use_threads=False)
-        table = table.take(pa.array(self._rows[where]))
+        rows = self._rows[where]
         column = table.column(index.image_column)
-        chunks = [chunk.field("bytes") if struct else chunk for chunk in column.chunks]
-        encoded = [item for chunk in chunks for item in chunk.to_pylist()]
-        for at, item in zip(where.tolist(), encoded, strict=True):
-            self._encoded[at] = item
+        encoded = pa.chunked_array([chunk.field("bytes") if struct else chunk for chunk in column.chunks])
+        for at, row in zip(where.tolist(), rows.tolist(), strict=True):
+            self._encoded[at] = encoded[row].as_py()
         if index.has_id:
-            self._id[where] = table.column("id").to_numpy()
+            self._id[where] = table.column("id").to_numpy()[rows]
         if index.label_column:
-            self._label[where] = table.column(index.label_column).cast(pa.int64()).fill_null(-1).to_numpy()
+            self._label[where] = table.column(index.label_column).cast(pa.int64()).fill_null(-1).to_numpy()[rows]
 
     def decode(self, low: int, high: int, canvas: int, pixel_limit: int) -> Arrays:
         """Decode the rows `low` ... `high` - 1; what was encoded is forgotten."""

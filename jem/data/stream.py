@@ -13,7 +13,7 @@ import logging
 import time
 from dataclasses import asdict
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +44,8 @@ STORE_SHARE = 0.3
 """Of the object store, for all workers' streams together; Ray Data alone would take half of it for each."""
 CHUNK_BYTES = 32 * 2**20
 """Decoded images in one block, if that is more than one batch."""
+TASK_BYTES = 8 * 2**20
+"""Encoded images that a decode task reads, about: 0.1 s of work, for which it is worth while to start one."""
 REST_SECONDS = 0.1
 DEADLINE = 300.0
 """Seconds in which a batch must come."""
@@ -171,7 +173,7 @@ def _manifest(blocks: list[pa.Table], block_bytes: int) -> ray.data.Dataset:
 
 
 def _decoded(index: Index, plan: Plan, stream: StreamConfig, windows: Sequence[Window], tasks: int) -> ray.data.Dataset:
-    """One block per window in, one row per batch out, each with its epoch and step."""
+    """One block of windows per task in, one row per batch out, each with its epoch and step."""
     canvas, pixel_limit = stream.canvas, stream.pixel_limit
     batch_bytes = plan.batch_per_worker * canvas * canvas * 3
     together = max(1, CHUNK_BYTES // batch_bytes)
@@ -185,8 +187,12 @@ def _decoded(index: Index, plan: Plan, stream: StreamConfig, windows: Sequence[W
                 yield {**arrays, "epoch": np.full(count, window.epoch), "step": np.arange(step, step + count)}
                 step += count
 
+    rows = [asdict(window) for window in windows]
+    window_bytes = plan.window_steps() * plan.batch_per_worker * index.bytes.sum() / plan.total
+    each = max(1, round(TASK_BYTES / window_bytes))
+    blocks = [pa.Table.from_pylist(rows[low : low + each]) for low in range(0, len(rows), each)]
     # Ray joins what is not larger than this, and cuts what is half as large again: so it leaves ours as they are.
-    manifest = _manifest([pa.Table.from_pylist([asdict(window)]) for window in windows], together * batch_bytes)
+    manifest = _manifest(blocks, together * batch_bytes)
     store = _cluster()[0].get("object_store_memory", 0.0) * STORE_SHARE / plan.world
     manifest.context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store)
     return manifest.map_batches(
@@ -194,24 +200,26 @@ def _decoded(index: Index, plan: Plan, stream: StreamConfig, windows: Sequence[W
         batch_format="pyarrow",
         batch_size=None,
         num_cpus=stream.decode_cpus,
-        compute=TaskPoolStrategy(size=min(tasks, len(windows))),
+        compute=TaskPoolStrategy(size=min(tasks, len(blocks))),
     )
 
 
 class _Rest(ExecutionCallback):
-    """Lets Ray Data's scheduling thread rest after each round, ten times as long as the round took of the processor.
+    """Lets Ray Data's scheduling thread rest while decoded batches wait to be taken.
 
-    While decoded batches wait to be taken, it would go round and round without a pause: beside a training step in the
-    same process it took half of the time, and made the step three times slower (2 workers on 2 cores).
+    It would go round and round without a pause: beside a training step in the same process it took half of the time,
+    and made the step three times slower (2 workers on 2 cores). It rests ten times as long as a round took of the
+    processor. While the consumer waits it does not, or decoding would wait for it.
     """
 
     def __init__(self) -> None:
         self._used = 0.0
 
-    def on_execution_step(self, executor: object) -> None:
+    def on_execution_step(self, executor: Any) -> None:
         """Called by Ray Data at the end of each round."""
         used = time.thread_time()
-        time.sleep(min(REST_SECONDS, 10 * max(0.0, used - self._used)))
+        if not executor._consumer_idling():  # noqa: SLF001 - there is no other way to know
+            time.sleep(min(REST_SECONDS, 10 * max(0.0, used - self._used)))
         self._used = used
 
 
