@@ -1,6 +1,6 @@
 """The stream beside Ray's documented recipe and a PyTorch DataLoader: encoded images to uint8 batches.
 
-    python benchmarks/stream.py [photos cifar10 memory] [--rounds 3] [--epochs 2]
+    python benchmarks/stream.py [photos cifar10 memory] [--rounds 3] [--epochs 3]
 
 photos   400 photographs, repeated to 4,000 with ids of their own, decoded to a canvas of 256
 cifar10  the training set, 32 px, from Parquet
@@ -244,7 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The stream beside others")
     parser.add_argument("what", nargs="*", default=["photos", "cifar10", "memory"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=3)
     arguments = parser.parse_args()
     with memory_folder() as folder:
         if {"photos", "memory"} & set(arguments.what):

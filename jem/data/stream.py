@@ -168,7 +168,7 @@ def _manifest(blocks: list[pa.Table], block_bytes: int) -> ray.data.Dataset:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = block_bytes
-    context.custom_execution_callback_classes.append(_Rest)
+    context.custom_execution_callback_classes.append(_Pace)
     return manifest
 
 
@@ -176,7 +176,7 @@ def _decoded(index: Index, plan: Plan, stream: StreamConfig, windows: Sequence[W
     """One block of windows per task in, one row per batch out, each with its epoch and step."""
     canvas, pixel_limit = stream.canvas, stream.pixel_limit
     batch_bytes = plan.batch_per_worker * canvas * canvas * 3
-    together = max(1, CHUNK_BYTES // batch_bytes)
+    together = max(1, min(CHUNK_BYTES // batch_bytes, plan.window_steps()))
 
     def decode(manifest: pa.Table) -> Iterator[Arrays]:
         for row in manifest.to_pylist():
@@ -204,16 +204,20 @@ def _decoded(index: Index, plan: Plan, stream: StreamConfig, windows: Sequence[W
     )
 
 
-class _Rest(ExecutionCallback):
-    """Lets Ray Data's scheduling thread rest while decoded batches wait to be taken.
+class _Pace(ExecutionCallback):
+    """Keeps Ray Data's scheduling thread from going round for nothing, and from waiting for nothing.
 
-    It would go round and round without a pause: beside a training step in the same process it took half of the time,
-    and made the step three times slower (2 workers on 2 cores). It rests ten times as long as a round took of the
-    processor. While the consumer waits it does not, or decoding would wait for it.
+    While decoded batches wait to be taken it would go round and round without a pause: beside a training step in the
+    same process it took half of the time, and made the step three times slower (2 workers on 2 cores). So it rests then
+    ten times as long as a round took of the processor.
+
+    And what the cluster has is asked for in its first round, answered soon after, but looked at once a second: until
+    then it would start one task after the other.
     """
 
     def __init__(self) -> None:
         self._used = 0.0
+        self._started = False
 
     def on_execution_step(self, executor: Any) -> None:
         """Called by Ray Data at the end of each round."""
@@ -221,6 +225,10 @@ class _Rest(ExecutionCallback):
         if not executor._consumer_idling():  # noqa: SLF001 - there is no other way to know
             time.sleep(min(REST_SECONDS, 10 * max(0.0, used - self._used)))
         self._used = used
+        if not self._started:
+            manager = executor._resource_manager  # noqa: SLF001 - as above
+            self._started = manager.get_global_limits().cpu > 0
+            manager._global_limits_last_update_time = 0.0  # noqa: SLF001 - as above
 
 
 class _ViewMaker:
@@ -309,7 +317,7 @@ class _Span:
 
 def _batches(rows: ray.data.Dataset) -> Iterator[Arrays]:
     """The rows of a data set, one by one; no copies."""
-    for block in rows.iter_batches(batch_size=None, prefetch_batches=1):
+    for block in rows.iter_batches(batch_size=None, prefetch_batches=0):
         for at in range(len(block["step"])):
             yield {name: array[at] for name, array in block.items()}
 
