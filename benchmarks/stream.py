@@ -6,7 +6,7 @@ photos   400 photographs, repeated to 4,000 with ids of their own, decoded to a 
 cifar10  the training set, 32 px, from Parquet
 memory   peak memory of one epoch of photographs, and of one of 20 times as many
 
-Whole epochs, the start of each included. Every way gives shuffled (Ray's recipe: unshuffled) uint8 batches of 256 with
+Whole epochs, the start of each included. Every way gives shuffled (Ray's recipe: unshuffled) uint8 batches of 128 with
 labels, and the consumer touches every page of each.
 """
 
@@ -44,7 +44,7 @@ from pipelines.cluster import connect
 
 MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory, on Linux
 SHARED = Path(__file__).parent / "../../shared/data"
-BATCH = 256
+BATCH = 128
 WORKERS = 2
 TASKS = WORKERS + 1  # as `jem pretrain` plans on 2 CPUs
 PHOTOS = 4000

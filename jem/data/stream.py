@@ -44,8 +44,8 @@ STORE_SHARE = 0.3
 """Of the object store, for all workers' streams together; Ray Data alone would take half of it for each."""
 CHUNK_BYTES = 32 * 2**20
 """Decoded images in one block, if that is more than one batch."""
-TASK_BYTES = 8 * 2**20
-"""Encoded images that a decode task reads, about: 0.1 s of work, for which it is worth while to start one."""
+TASK_BYTES, TASK_IMAGES = 32 * 2**20, 2**14
+"""Encoded images that a decode task reads, about, whichever is less: it is worth while to start one for 0.2 s of work."""
 REST_SECONDS = 0.1
 DEADLINE = 300.0
 """Seconds in which a batch must come."""
@@ -188,8 +188,8 @@ def _decoded(index: Index, plan: Plan, stream: StreamConfig, windows: Sequence[W
                 step += count
 
     rows = [asdict(window) for window in windows]
-    window_bytes = plan.window_steps() * plan.batch_per_worker * index.bytes.sum() / plan.total
-    each = max(1, round(TASK_BYTES / window_bytes))
+    images = min(TASK_IMAGES, TASK_BYTES * plan.total / index.bytes.sum())
+    each = max(1, round(images / (plan.window_steps() * plan.batch_per_worker)))
     blocks = [pa.Table.from_pylist(rows[low : low + each]) for low in range(0, len(rows), each)]
     # Ray joins what is not larger than this, and cuts what is half as large again: so it leaves ours as they are.
     manifest = _manifest(blocks, together * batch_bytes)

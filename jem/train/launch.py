@@ -359,7 +359,9 @@ def _views(job: Job, rank: int, start: Position, device: torch.device, phase: Ph
         batches = ray_batches(*mine, decode_tasks=job.decode_tasks, pin_memory=pin)
     positions = plan.positions(start, config.train.epochs)
     generators = (generator(config.seed, *position, rank) for position in positions)
-    for _, views in prefetched(batches, generators, Augment(config.augment), device, phase=phase):
+    # what autocast would make of them in the first layer; half of the memory to write and to read
+    dtype = torch.bfloat16 if device.type == "cuda" and config.train.precision == "bf16" else torch.float32
+    for _, views in prefetched(batches, generators, Augment(config.augment), device, dtype, phase):
         yield views
 
 
