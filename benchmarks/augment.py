@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 
 import kornia.augmentation as ka
@@ -25,7 +25,7 @@ from lightly.transforms import SimCLRTransform
 from PIL import Image
 from stream import BATCH, PHOTOS, SHARED, TASKS, WORKERS, memory_folder, own_ray, photographs
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from jem.augment.views import Augment, generator, prefetched
 from jem.batch import Batch
@@ -76,10 +76,10 @@ class Encoded(Dataset[tuple[list[Tensor], int]]):
 
 
 def from_bytes(title: str, folder: str, canvas: int, size: int, epochs: int, lightlys: int, rounds: int) -> None:
-    """Print the table of a data set; lightly's rate is that of `lightlys` batches, its workers already started."""
+    """Print the table of a data set; lightly's epochs are of `lightlys` batches, its workers already started."""
     index = open_index(folder)
     loader = DataLoader(
-        Encoded(index, size),
+        Subset(Encoded(index, size), range(lightlys * BATCH)),
         BATCH,
         shuffle=True,
         drop_last=True,
@@ -87,10 +87,9 @@ def from_bytes(title: str, folder: str, canvas: int, size: int, epochs: int, lig
         persistent_workers=True,
         multiprocessing_context="spawn",
     )
-    endless = (batch for _ in count() for batch in loader)
     ways = [
         Way("jem", lambda: ours(index, canvas, size, epochs), "augmentation"),
-        Way("lightly", lambda: sum(len(label) for _, label in islice(endless, lightlys)), "Pillow, image by image"),
+        Way("lightly", lambda: sum(len(label) for _, label in loader), "Pillow, image by image"),
     ]
     print(f"{title}: jem {epochs} epochs of {len(index)} images, lightly {lightlys} batches", flush=True)
     in_turns(ways, rounds)

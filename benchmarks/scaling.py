@@ -37,8 +37,9 @@ from pipelines.settings import load_config, recipe_names
 
 CANVAS = 256
 GPUS_PER_NODE = 8
-SMALL = {"wmse": ("--method.sub_batch", "8")}
-"""Settings that let a method run on a batch of a few images; they change no size of what is sent."""
+IMAGES = 8
+MORE_IMAGES = {"wmse": 256}
+"""Images on a worker in the smaller of two steps, where `IMAGES` are too few for the method."""
 
 
 # --- the stream -----------------------------------------------------------------------------------------------------
@@ -85,37 +86,34 @@ def traffic() -> dict[str, tuple[float, float, float]]:
     for recipe in recipe_names():
         if not recipe.endswith("-imagenet"):
             continue
-        sizes = {}
-        for images in (8, 16):
-            context = multiprocessing.get_context("spawn")
-            queue = context.Queue()
-            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            workers = [context.Process(target=_step, args=(rank, store.port, recipe, images, queue)) for rank in (0, 1)]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join(300)
-            if any(worker.exitcode != 0 for worker in workers):
-                raise SystemExit(f"{recipe}: a worker failed")
-            sizes[images] = queue.get()
-        gradient, few, many = *sizes[8], sizes[16][1]
-        each = (many - few) / 8
-        found[recipe] = gradient, each, few - 8 * each
-        cells = f"{gradient / 1e6:.0f} | {each / 1e3:.1f} | {(few - 8 * each) / 1e6:.1f}"
+        context = multiprocessing.get_context("spawn")
+        queue = context.Queue()
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        workers = [context.Process(target=_steps, args=(rank, store.port, recipe, queue)) for rank in (0, 1)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(300)
+        if any(worker.exitcode != 0 for worker in workers):
+            raise SystemExit(f"{recipe}: a worker failed")
+        gradient, images, few, many = queue.get()
+        each = (many - few) / images
+        found[recipe] = gradient, each, few - images * each
+        cells = f"{gradient / 1e6:.0f} | {each / 1e3:.1f} | {(few - images * each) / 1e6:.1f}"
         print(f"| {recipe.removesuffix('-imagenet')} | {cells} |", flush=True)
     print()
     return found
 
 
-def _step(rank: int, port: int, recipe: str, images: int, queue: Any) -> None:
-    """One worker's forward and backward pass of one step, with small images: what is sent does not depend on them."""
+def _steps(rank: int, port: int, recipe: str, queue: Any) -> None:
+    """One worker's passes of two steps, one of twice the images; small ones: what is sent does not depend on that."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.TCPStore("127.0.0.1", port, is_master=False))
-    method_name = recipe.removesuffix("-imagenet")
-    config = load_config(PretrainConfig, ["--recipe", recipe, "--data", "x", *SMALL.get(method_name, ())])
+    config = load_config(PretrainConfig, ["--recipe", recipe, "--data", "x"])
     torch.manual_seed(0)
     method = build_method(config.method, config.backbone, 1000, 4096)
     distributed.convert_sync_batchnorm(method)
+    method.train()
     counted = 0
 
     def count(function: Any, received: Any) -> Any:
@@ -131,25 +129,32 @@ def _step(rank: int, port: int, recipe: str, images: int, queue: Any) -> None:
 
     dist.all_gather_into_tensor = count(dist.all_gather_into_tensor, lambda out, x: size(out) - size(x))
     dist.all_reduce = count(dist.all_reduce, size)
+    images = MORE_IMAGES.get(config.method.name, IMAGES)
+    totals = []
+    for number in (images, 2 * images):
+        counted = 0
+        method(_small_views(config, number, rank)).loss.backward()
+        method.after_backward(Progress(0, 100, 0, True, 0))
+        totals.append(counted)
+    if rank == 0:
+        gradient = sum(size(parameter) for parameter in method.parameters() if parameter.requires_grad)
+        queue.put((gradient, images, *totals))
+    dist.barrier()
+    dist.destroy_process_group()
 
-    views, masks = [], []
+
+def _small_views(config: PretrainConfig, images: int, rank: int) -> Views:
+    """Noise in the recipe's number of views, 64 px, local ones 32 px."""
+    views: list[torch.Tensor] = []
+    masks: list[torch.Tensor | None] = []
     for view in config.augment.views:
         for _ in range(view.count):
-            side = max(2 * config.backbone.patch, 64 if view.size > 128 else 32) if config.backbone.is_vit else 64
+            side = 64 if view.size > 128 else 32
             views.append(torch.randn(images, 3, side, side))
             patches = (side // view.mask.patch) ** 2 if view.mask else 0
             masks.append(torch.arange(patches).expand(images, -1) < patches // 2 if view.mask else None)
-    method.train()
-    progress = Progress(0, 100, 0, True, 0)
     ids = torch.arange(images) + images * rank
-    output = method(Views(views, ids, ids % 10, masks if any(mask is not None for mask in masks) else None))
-    output.loss.backward()
-    method.after_backward(progress)
-    gradient = sum(size(parameter) for parameter in method.parameters() if parameter.requires_grad)
-    if rank == 0:
-        queue.put((gradient, counted))
-    dist.barrier()
-    dist.destroy_process_group()
+    return Views(views, ids, ids % 10, masks if any(mask is not None for mask in masks) else None)
 
 
 # --- the plan -------------------------------------------------------------------------------------------------------

@@ -42,10 +42,13 @@ SPAN = 512
 """Windows in one Ray Data execution."""
 STORE_SHARE = 0.3
 """Of the object store, for all workers' streams together; Ray Data alone would take half of it for each."""
+CHUNKS_AHEAD = 6
+"""Chunks of decoded images for each decode task, at most, that are kept before they are used: decoding a second or two
+of small images ahead would take the processor from the training all that time."""
 CHUNK_BYTES = 32 * 2**20
 """Decoded images in one block, if that is more than one batch."""
 TASK_BYTES, TASK_IMAGES = 32 * 2**20, 2**14
-"""Encoded images that a decode task reads, about, whichever is less: it is worth while to start one for 0.2 s of work."""
+"""Encoded images that a decode task reads, whichever is less: about 0.2 s of work, for which it pays to start one."""
 REST_SECONDS = 0.1
 DEADLINE = 300.0
 """Seconds in which a batch must come."""
@@ -194,6 +197,7 @@ def _decoded(index: Index, plan: Plan, stream: StreamConfig, windows: Sequence[W
     # Ray joins what is not larger than this, and cuts what is half as large again: so it leaves ours as they are.
     manifest = _manifest(blocks, together * batch_bytes)
     store = _cluster()[0].get("object_store_memory", 0.0) * STORE_SHARE / plan.world
+    store = min(store, CHUNKS_AHEAD * tasks * max(CHUNK_BYTES, batch_bytes))
     manifest.context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store)
     return manifest.map_batches(
         decode,
