@@ -23,7 +23,7 @@ import torch
 from alternate import Way, in_turns, table
 from lightly.transforms import SimCLRTransform
 from PIL import Image
-from stream import BATCH, PHOTOS, SHARED, TASKS, WORKERS, memory_folder, own_ray, photographs
+from stream import PHOTOS, SHARED, TASKS, WORKERS, memory_folder, own_ray, photographs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -34,6 +34,7 @@ from jem.data.index import Index, open_index
 from jem.data.plan import Plan, Position
 from jem.data.stream import ray_batches
 
+BATCH = 256
 CPU = torch.device("cpu")
 JITTER = (0.8, 0.8, 0.8, 0.2)
 
@@ -170,7 +171,7 @@ def main() -> None:
             from_bytes("CIFAR-10", str((SHARED / "cifar10/train").resolve()), 32, 32, 2, 16, arguments.rounds)
         if "photos" in arguments.what:
             photographs(Path(folder), PHOTOS)
-            from_bytes("photographs", folder, 256, 224, 1, 4, arguments.rounds)
+            from_bytes("photographs", folder, 256, 224, 1, 3, arguments.rounds)
 
 
 if __name__ == "__main__":

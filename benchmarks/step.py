@@ -9,10 +9,11 @@ CPU: ResNet-18 at 32 px, batch 128. Where there is a GPU, ResNet-50 at 224 px, b
 from __future__ import annotations
 
 import argparse
+import time
 
 import torch
 from alternate import Way, in_turns, table
-from end_to_end import Loop
+from end_to_end import WARM_UP, Loop
 from lightly.loss import VICRegLoss
 from lightly.models.modules.heads import VICRegProjectionHead
 from stream import SHARED
@@ -27,15 +28,20 @@ from pipelines.settings import load_config
 WIDTH = 2048
 
 
-def lightlys(loop: Loop, network: nn.Module, dim: int) -> int:
-    """The loop of lightly's documentation with what makes torch fast added; returns the number of images."""
+def lightlys(loop: Loop, network: nn.Module, dim: int) -> tuple[int, float]:
+    """The loop of lightly's documentation with what makes torch fast added; returns what `Loop.run` does."""
     torch.manual_seed(0)
     network.fc = nn.Identity()
     head = VICRegProjectionHead(dim, WIDTH, WIDTH, num_layers=3)
     model = nn.Sequential(network, head).to(loop.device, memory_format=torch.channels_last).train()
     criterion = VICRegLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
-    for views in loop.memory(Position(0, 0)):
+    began = 0.0
+    for step, views in enumerate(loop.memory(Position(0, 0))):
+        if step == WARM_UP:
+            if loop.device.type == "cuda":
+                torch.cuda.synchronize(loop.device)
+            began = time.perf_counter()
         first, second = views.views
         with torch.autocast(loop.device.type, torch.bfloat16):
             z1, z2 = model(first), model(second)
@@ -45,7 +51,7 @@ def lightlys(loop: Loop, network: nn.Module, dim: int) -> int:
         optimizer.zero_grad(set_to_none=True)
     if loop.device.type == "cuda":
         torch.cuda.synchronize(loop.device)
-    return loop.steps * loop.config.train.batch_size
+    return (loop.steps - WARM_UP) * loop.config.train.batch_size, time.perf_counter() - began
 
 
 def compare(title: str, backbone: str, size: int, batch: int, arguments: argparse.Namespace, device: str) -> None:

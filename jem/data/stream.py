@@ -42,14 +42,14 @@ SPAN = 512
 """Windows in one Ray Data execution."""
 STORE_SHARE = 0.3
 """Of the object store, for all workers' streams together; Ray Data alone would take half of it for each."""
-CHUNKS_AHEAD = 6
-"""Chunks of decoded images for each decode task, at most, that are kept before they are used: decoding a second or two
-of small images ahead would take the processor from the training all that time."""
+BLOCKS_AHEAD, IMAGES_AHEAD = (4, 6), 2**13
+"""Blocks for each decode task that wait to be used, least and most, and images in them: to decode many seconds ahead at
+the start would take the processor from the training meanwhile."""
 CHUNK_BYTES = 32 * 2**20
 """Decoded images in one block, if that is more than one batch."""
 TASK_BYTES, TASK_IMAGES = 32 * 2**20, 2**14
 """Encoded images that a decode task reads, whichever is less: about 0.2 s of work, for which it pays to start one."""
-REST_SECONDS = 0.1
+REST_SECONDS, REST_TIMES, REST_SLICE = 0.5, 50, 0.01
 DEADLINE = 300.0
 """Seconds in which a batch must come."""
 QUIET = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
@@ -197,7 +197,9 @@ def _decoded(index: Index, plan: Plan, stream: StreamConfig, windows: Sequence[W
     # Ray joins what is not larger than this, and cuts what is half as large again: so it leaves ours as they are.
     manifest = _manifest(blocks, together * batch_bytes)
     store = _cluster()[0].get("object_store_memory", 0.0) * STORE_SHARE / plan.world
-    store = min(store, CHUNKS_AHEAD * tasks * max(CHUNK_BYTES, batch_bytes))
+    least, most = BLOCKS_AHEAD
+    ahead = max(least, min(most, IMAGES_AHEAD // (together * plan.batch_per_worker)))
+    store = min(store, ahead * tasks * together * batch_bytes)
     manifest.context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store)
     return manifest.map_batches(
         decode,
@@ -213,7 +215,7 @@ class _Pace(ExecutionCallback):
 
     While decoded batches wait to be taken it would go round and round without a pause: beside a training step in the
     same process it took half of the time, and made the step three times slower (2 workers on 2 cores). So it rests then
-    ten times as long as a round took of the processor.
+    fifty times as long as a round took of the processor, or until nothing waits any more.
 
     And what the cluster has is asked for in its first round, answered soon after, but looked at once a second: until
     then it would start one task after the other.
@@ -226,9 +228,10 @@ class _Pace(ExecutionCallback):
     def on_execution_step(self, executor: Any) -> None:
         """Called by Ray Data at the end of each round."""
         used = time.thread_time()
-        if not executor._consumer_idling():  # noqa: SLF001 - there is no other way to know
-            time.sleep(min(REST_SECONDS, 10 * max(0.0, used - self._used)))
-        self._used = used
+        until = time.monotonic() + min(REST_SECONDS, REST_TIMES * max(0.0, used - self._used))
+        while time.monotonic() < until and not executor._consumer_idling():  # noqa: SLF001 - nothing else tells
+            time.sleep(REST_SLICE)
+        self._used = time.thread_time()
         if not self._started:
             manager = executor._resource_manager  # noqa: SLF001 - as above
             self._started = manager.get_global_limits().cpu > 0
