@@ -2,7 +2,7 @@
 
     python benchmarks/end_to_end.py [--steps 40] [--rounds 3]
 
-CPU: VICReg's CPU recipe (ResNet-18, 32 px, batch 128) on CIFAR-10. Where there is a GPU, also ResNet-18 with the CIFAR
+CPU: VICReg's CPU recipe (ResNet-18, 32 px, batch 256) on CIFAR-10. Where there is a GPU, also ResNet-18 with the CIFAR
 stem at 32 px, ResNet-50 and ViT-S/16 at 224 px, on photographs.
 
 memory      the same views in each step
