@@ -106,7 +106,10 @@ def traffic() -> dict[str, tuple[float, float, float]]:
 
 
 def _steps(rank: int, port: int, recipe: str, queue: Any) -> None:
-    """One worker's passes of two steps, one of twice the images; small ones: what is sent does not depend on that."""
+    """One worker's passes of two steps, one of twice the images.
+
+    The images are small, which changes nothing but MoCo's figure: shuffled batch norm sends the images themselves.
+    """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.TCPStore("127.0.0.1", port, is_master=False))
     config = load_config(PretrainConfig, ["--recipe", recipe, "--data", "x"])

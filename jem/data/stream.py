@@ -50,6 +50,7 @@ CHUNK_BYTES = 32 * 2**20
 TASK_BYTES, TASK_IMAGES = 32 * 2**20, 2**14
 """Encoded images that a decode task reads, whichever is less: about 0.2 s of work, for which it pays to start one."""
 REST_SECONDS, REST_TIMES, REST_SLICE = 0.5, 50, 0.01
+"""Longest rest of Ray Data's scheduling thread; how many times as long as its work; seconds between looks."""
 DEADLINE = 300.0
 """Seconds in which a batch must come."""
 QUIET = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
