@@ -107,4 +107,6 @@ def test_no_command_of_rays_defaults_installs_another_ray(name: str) -> None:
     config = prepared(name)
     commands = [command for key, value in config.items() if key.endswith("commands") for command in value]
     assert commands
-    assert not [command for command in commands if "wheels" in command or "install -U" in command]
+    installs = [command for command in commands if "pip install" in command]
+    assert [command for command in installs if "--constraint" not in command] == []
+    assert len(installs) == (name == "local.yaml")
