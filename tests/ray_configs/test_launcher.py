@@ -103,10 +103,10 @@ def test_the_dashboard_listens_on_the_head_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAUNCHER)
-def test_no_command_of_rays_defaults_installs_another_ray(name: str) -> None:
+def test_nothing_is_installed_at_the_start_beside_the_constraints(name: str) -> None:
     config = prepared(name)
     commands = [command for key, value in config.items() if key.endswith("commands") for command in value]
     assert commands
-    installs = [command for command in commands if "pip install" in command]
+    installs = {command for command in commands if "pip install" in command}
     assert [command for command in installs if "--constraint" not in command] == []
     assert len(installs) == (name == "local.yaml")
