@@ -16,6 +16,7 @@ import torch
 from jem.data.ahead import Ahead
 from jem.data.read import as_batch
 from jem.data.stream import dataset
+from jem.device import use_cpu
 from jem.errors import InputError, RunError
 from jem.evaluate.judge import Features
 from jem.progress import Progress
@@ -205,7 +206,7 @@ class _Encode:
     """The actor: decoded images in, features of each encoder out."""
 
     def __init__(self, encoders: ray.ObjectRef[list[Encoder]], threads: int, gpu: bool) -> None:
-        torch.set_num_threads(min(threads, os.cpu_count() or 1))
+        use_cpu(min(threads, os.cpu_count() or 1))
         self._device = torch.device("cuda" if gpu else "cpu")
         # What comes from the object store is read-only, and shared.
         self._encoders = [

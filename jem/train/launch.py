@@ -27,7 +27,7 @@ from jem.data.cache import Cache, cached_batches
 from jem.data.index import Index
 from jem.data.plan import Plan, Position
 from jem.data.stream import ray_batches, views_batches
-from jem.device import put
+from jem.device import put, use_cpu
 from jem.errors import InputError, RunError
 from jem.methods import build_method
 from jem.progress import Progress
@@ -315,7 +315,7 @@ def _train(job: Job, news: _News) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // context.get_local_world_size()))
+        use_cpu(cores // context.get_local_world_size())
     torch.manual_seed(config.seed)
     method = build_method(config.method, config.backbone, job.classes, len(job.index))
     state = _restore(job)
