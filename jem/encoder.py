@@ -13,10 +13,10 @@ import json
 import shutil
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from jem import __version__
 from jem.augment.views import centre_view
 from jem.config import BackboneConfig
+from jem.credentials import stripped, without_credentials
 from jem.errors import InputError
 from jem.models.backbones import build_backbone
 
@@ -35,14 +36,19 @@ FORMAT = 1
 
 
 class EncoderInfo(BaseModel):
-    """Where an encoder comes from: what is stored beside its weights and becomes the registered version's tags."""
+    """Where an encoder comes from: what is stored beside its weights and becomes the registered version's tags.
+
+    URIs in `data` and `config` lose their credentials.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: str = Field(description="name of the method, such as vicreg")
-    data: str = Field(description="the data set that it was trained on")
+    data: Annotated[str, AfterValidator(without_credentials)] = Field(description="the data set that it was trained on")
     metrics: dict[str, float] = Field(default={}, description="such as knn and linear, accuracies in [0, 1]")
-    config: dict[str, Any] = Field(default={}, description="the run's resolved configuration")
+    config: Annotated[dict[str, Any], AfterValidator(stripped)] = Field(
+        default={}, description="the run's resolved configuration"
+    )
 
 
 class EncoderManifest(BaseModel):
