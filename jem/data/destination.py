@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from jem.credentials import without_credentials
 from jem.data.shards import WorkPlan, read_plan
 from jem.data.storage import FINISHED, UNFINISHED, absolute, exists, one_line, resolve, written
 from jem.errors import InputError
@@ -205,7 +204,7 @@ class Destination:
             pq.write_table(self.rejected(results), sink)
         head = {
             "format": FORMAT,
-            "source": without_credentials(plan.source.uri),
+            "source": plan.source.uri,
             "kind": plan.source.kind,
             **facts,
             "shards": len(kept),
