@@ -280,10 +280,13 @@ def _check_shapes(architecture: BackboneConfig, weights: dict[str, Tensor]) -> N
             named = build_backbone(architecture).state_dict()
     except (RuntimeError, TypeError) as error:  # more elements than torch can count
         raise InputError(f"{architecture.in_words} is too large to be built; get the encoder again") from error
-    for name in named.keys() & weights.keys():
-        if named[name].shape != weights[name].shape:
-            shapes = f"{name} is {tuple(weights[name].shape)}, not {tuple(named[name].shape)}"
-            raise InputError(f"these are not the weights of {architecture.in_words}: {shapes}; get the encoder again")
+    for name in [*named, *weights]:
+        there, wanted = (tuple(each[name].shape) if name in each else "absent" for each in (weights, named))
+        if there != wanted:
+            raise InputError(
+                f"these are not the weights of {architecture.in_words}: {name} is {there}, not {wanted}; "
+                "get the encoder again"
+            )
 
 
 def _rebuild(architecture: BackboneConfig, weights: dict[str, Tensor]) -> nn.Module:

@@ -50,6 +50,8 @@ def fetched(uri: str, track: TrackConfig | None, files: tuple[str, ...]) -> Iter
     tracking_uri, source = _place(uri, track)
     with tempfile.TemporaryDirectory(prefix="jem-encoder-") as temporary:
         with explained(source, f"cannot get {uri}"), _without_bars():
+            if tracking_uri is not None:
+                _check_held(uri, source, tracking_uri, files)
             for file in files:
                 mlflow.artifacts.download_artifacts(
                     artifact_uri=f"{source}/{file}", dst_path=temporary, tracking_uri=tracking_uri
@@ -70,6 +72,20 @@ def _place(uri: str, track: TrackConfig | None) -> tuple[str | None, str]:
         else:
             source = _artifacts(client, match["run"], match["path"])
     return client.tracking_uri, source.rstrip("/")
+
+
+def _check_held(uri: str, source: str, tracking_uri: str, files: tuple[str, ...]) -> None:
+    """InputError that says what there is, if it is not an encoder: of another model no file is looked into."""
+    import mlflow.artifacts
+
+    held = mlflow.artifacts.list_artifacts(artifact_uri=source, tracking_uri=tracking_uri)
+    names = [item.path.rpartition("/")[2] for item in held]
+    for file in files:
+        if file not in names:
+            raise InputError(
+                f"cannot get {uri}: it has no {file} ({_names(names)}), and jem reads nothing else, least of all a "
+                "pickle; give an encoder that jem registered"
+            )
 
 
 def _artifacts(client: MlflowClient, run_id: str, path: str) -> str:
