@@ -6,6 +6,7 @@ turns errors into one line and an exit status: 0, 1 (the job failed), 2 (bad inp
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -13,10 +14,11 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import jem
 from jem import config as schema
+from jem.credentials import without_credentials
 from jem.errors import InputError, RunError
 from pipelines.settings import dump_config, load_config, recipe_names, recipe_text
 
@@ -89,7 +91,25 @@ def run_job(words: str, argv: Sequence[str]) -> int:
     The job's result may have an `exit_status` of its own (`jem doctor`: 1 where something is broken).
     """
     job = next(job for job in JOBS if job.words == words)
-    prog = f"jem {words}"
+    with contextlib.redirect_stdout(_Shown(sys.stdout)), contextlib.redirect_stderr(_Shown(sys.stderr)):
+        return _run(job, argv)
+
+
+class _Shown:
+    """An output that URIs pass without their credentials: it ends up in the logs of the cluster."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(without_credentials(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _run(job: Job, argv: Sequence[str]) -> int:
+    prog = f"jem {job.words}"
     try:
         config = load_config(job.schema, argv, prog=prog, positional=job.positional)
         result = _function(job)(config)

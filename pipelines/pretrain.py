@@ -19,6 +19,7 @@ import yaml
 
 import jem
 from jem.config import PretrainConfig
+from jem.credentials import stripped
 from jem.data.cache import check_cache, fill
 from jem.data.index import Index, open_index
 from jem.data.read import count_classes, read_rows
@@ -29,7 +30,7 @@ from jem.evaluate.judge import judge
 from jem.methods import build_method
 from jem.tracking.pictures import loss_curves, projection
 from jem.tracking.registry import register_encoder
-from jem.tracking.runs import Tracker, stripped
+from jem.tracking.runs import Tracker
 from jem.train.launch import Job, Trained, train
 from jem.train.online import encoder_of
 from jem.train.profile import LEAST
@@ -287,7 +288,7 @@ def _register(
     config = job.config
     # the registry takes no colon, which a library's backbone has
     name = config.track.register_as or f"{config.method.name}-{config.backbone.name}".replace(":", "-")
-    settings = stripped(config.model_dump(mode="json"))
+    settings = config.model_dump(mode="json")
     info = EncoderInfo(method=config.method.name, data=config.data, metrics=pretrained, config=settings)
     tags = {"run": job.name, "collapse": str(collapse), "verdict": verdict}
     tags |= {f"random.{key}": f"{value:.4f}" for key, value in untrained.items()}

@@ -13,7 +13,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -205,7 +204,7 @@ class Destination:
             pq.write_table(self.rejected(results), sink)
         head = {
             "format": FORMAT,
-            "source": _without_credentials(plan.source.uri),
+            "source": plan.source.uri,
             "kind": plan.source.kind,
             **facts,
             "shards": len(kept),
@@ -239,10 +238,3 @@ def reasons(rejected: pa.Table) -> dict[str, int]:
     """Count rejected images by kind of reason, the most frequent first."""
     kinds = Counter(reason.split(":")[0] for reason in rejected.column("reason").to_pylist())
     return dict(kinds.most_common())
-
-
-def _without_credentials(uri: str) -> str:
-    parts = urlsplit(uri)
-    if "://" not in uri or "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))

@@ -11,6 +11,7 @@ import fsspec.core
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from jem.credentials import without_credentials
 from jem.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,6 +73,6 @@ def written(filesystem: pafs.FileSystem, path: str, folder: str | None = None) -
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error from elsewhere, fit for one line."""
-    words = " ".join(str(error).split())
+    """The message of an error from elsewhere, fit for one line. Credentials go before it is cut, or a part stays."""
+    words = " ".join(without_credentials(str(error)).split())
     return words[:300] if words else type(error).__name__

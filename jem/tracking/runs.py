@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from pydantic import BaseModel
 
+from jem.credentials import stripped, without_credentials
 from jem.errors import InputError
-from jem.tracking.store import connect, sqlite_file, store_uri, without_credentials
+from jem.tracking.store import connect, sqlite_file, store_uri
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -70,8 +71,7 @@ class Tracker:
                 self.client.log_batch(run_id, params=items[start : start + _PARAMS_PER_BATCH])
         except MlflowException as error:
             raise InputError(
-                f"MLflow at {without_credentials(self.uri)} did not take the run: {_line(error)}; "
-                "check --track.uri and --track.experiment"
+                f"MLflow at {self.uri} did not take the run: {_line(error)}; check --track.uri and --track.experiment"
             ) from error
         return run_id
 
@@ -87,7 +87,7 @@ class Tracker:
             self.client.update_run(run_id, status="RUNNING")
         except MlflowException as error:
             raise InputError(
-                f"no run {run_id} in MLflow at {without_credentials(self.uri)} ({_line(error)}): "
+                f"no run {run_id} in MLflow at {self.uri} ({_line(error)}): "
                 "give the tracking store that it was started with, in --track.uri or MLFLOW_TRACKING_URI"
             ) from error
 
@@ -317,17 +317,6 @@ def flat_params(config: BaseModel | Mapping[str, Any]) -> dict[str, str]:
     for key, item in content.items():
         add(str(key), item)
     return flat
-
-
-def stripped(value: Any) -> Any:
-    """The same JSON value with credentials removed from the URIs in it."""
-    if isinstance(value, str):
-        return without_credentials(value)
-    if isinstance(value, dict):
-        return {key: stripped(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [stripped(item) for item in value]
-    return value
 
 
 def metric_key(key: str) -> str:
