@@ -157,3 +157,8 @@ class AugmentConfig(Section):
     )
     mean: tuple[float, float, float] = Field(IMAGENET_MEAN, description="per channel, of images in [0, 1]")
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(IMAGENET_STD, description="per channel")
+
+    @property
+    def cpus_beside(self) -> float:
+        """CPUs that the pool of a train worker reserves."""
+        return self.pool_cpus * self.pool_actors if self.placement == "pool" else 0.0

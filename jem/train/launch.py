@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +20,16 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.exceptions import RayActorError, RayError
-from ray.train.v2.api.config import FailureConfig  # mypy takes ray.train's for that of Train V1
+from ray.train.v2._internal.execution.callback import WorkerCallback
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2.api.config import (  # mypy takes those of ray.train for Train V1's
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+)
+from ray.train.v2.api.preemption import PreemptionInfo
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from jem.augment.views import Augment, generator, prefetched
 from jem.batch import Batch, Views
@@ -34,6 +45,7 @@ from jem.progress import Progress
 from jem.tracking.runs import MetricLog
 from jem.train import checkpoint
 from jem.train.checkpoint import State
+from jem.train.elastic import Divisors, ElasticTrainer
 from jem.train.loop import Phase, fit
 from jem.train.online import OnlineKNN
 from jem.train.profile import TABLE, TRACE, Measured, Profile
@@ -42,6 +54,8 @@ from jem.train.watch import Summary
 POLL_SECONDS = 0.5
 ANSWER_SECONDS = 30.0
 FLUSH_SECONDS = 10.0
+GRACE_SECONDS = 30.0
+"""Between SIGTERM to a worker and its end, as Kubernetes has it."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +76,17 @@ class Job:
     tracking_uri: str
     run_id: str
 
-    def plan(self) -> Plan:
-        """The order of the images."""
+    def plan(self, world: int | None = None) -> Plan:
+        """The order of the images, for so many workers; default: the most that the run may have."""
         config = self.config
         return Plan(
             self.index.rows,
             config.seed,
             config.train.batch_size,
-            config.cluster.workers,
+            world or config.cluster.workers,
             config.stream.window,
             config.stream.remainder,
+            config.parts,
         )
 
 
@@ -86,11 +101,15 @@ class Trained:
 
 
 class Mailbox:
-    """An actor that carries the workers' news to the driver, and the reason why a run must not be tried again."""
+    """An actor that carries the workers' news to the driver, and the reason why a run must not be tried again.
+
+    And the wish for a checkpoint before the number of workers changes, to rank 0, and its answer.
+    """
 
     def __init__(self) -> None:
         self._news: deque[tuple[str, Any]] = deque(maxlen=10_000)
         self._fatal: str | None = None
+        self._wishes, self._answered = 0, 0
 
     def put(self, kind: str, value: Any) -> None:
         """Add one piece of news."""
@@ -109,6 +128,24 @@ class Mailbox:
         """Why no worker may begin again."""
         return self._fatal
 
+    def want(self, workers: int) -> int:
+        """Wish for a checkpoint, to go on with so many workers; returns the number of the wish."""
+        self.put("say", f"the cluster has room for {workers} workers: keeping a checkpoint, then going on with them")
+        self._wishes += 1
+        return self._wishes
+
+    def wished(self) -> int:
+        """The number of the latest wish."""
+        return self._wishes
+
+    def answer(self, wish: int) -> None:
+        """A checkpoint is kept since that wish."""
+        self._answered = wish
+
+    def answered(self) -> int:
+        """The latest wish since which a checkpoint is kept."""
+        return self._answered
+
 
 def train(job: Job, save: Callable[[str, bytes], None]) -> Trained:
     """Run the training on the Ray cluster that this process is connected to, or go on with it.
@@ -122,24 +159,7 @@ def train(job: Job, save: Callable[[str, bytes], None]) -> Trained:
     config = job.config
     mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.start_timeout)
-    trainer = ray.train.torch.TorchTrainer(
-        _worker,
-        train_loop_config={"job": job, "mailbox": mailbox},
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if job.gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.cluster.workers,
-            use_gpu=job.gpu,
-            resources_per_worker={"CPU": config.cluster.cpus_per_worker} | ({"GPU": 1} if job.gpu else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name=job.name,
-            storage_path=job.storage,
-            failure_config=FailureConfig(
-                max_failures=config.cluster.max_failures, controller_failure_limit=max(config.cluster.max_failures, 0)
-            ),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
-        ),
-    )
+    trainer = _trainer(job, mailbox)
     total = job.plan().total_steps(config.train.epochs) * config.train.batch_size
     try:
         with _telling(mailbox, Progress(f"pretrain {job.name}", total), save):
@@ -157,7 +177,54 @@ def train(job: Job, save: Callable[[str, bytes], None]) -> Trained:
     return Trained(state, dict(result.metrics or {}), result.checkpoint.path)
 
 
-def _fit(trainer: ray.train.torch.TorchTrainer) -> Any:
+def _trainer(job: Job, mailbox: Any) -> TorchTrainer:
+    config, cluster = job.config, job.config.cluster
+    scaling = ScalingConfig(
+        num_workers=cluster.workers if cluster.min_workers is None else (cluster.min_workers, cluster.workers),
+        use_gpu=job.gpu,
+        resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if job.gpu else {}),
+        elastic_resize_monitor_interval_s=cluster.resize_seconds,
+    )
+    arguments: dict[str, Any] = {
+        "train_loop_config": {"job": job, "mailbox": mailbox},
+        "torch_config": ray.train.torch.TorchConfig(backend="nccl" if job.gpu else "gloo"),
+        "scaling_config": scaling,
+        "run_config": RunConfig(
+            name=job.name,
+            storage_path=job.storage,
+            failure_config=FailureConfig(
+                max_failures=cluster.max_failures, controller_failure_limit=max(cluster.max_failures, 0)
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
+            callbacks=[_OnTerm()],  # type: ignore[list-item]
+        ),
+    }
+    if cluster.min_workers is None:
+        return TorchTrainer(_worker, **arguments)
+    beside = config.stream.decode_cpus + config.augment.cpus_beside
+    policy = Divisors(scaling, config.worlds, beside, cluster.start_timeout, mailbox)
+    return ElasticTrainer(_worker, policy=policy, **arguments)
+
+
+class _OnTerm(WorkerCallback):
+    """Takes SIGTERM to a train worker for what it means, as Ray Train takes the announced loss of a node.
+
+    The workers keep a checkpoint, and are started again when the grace is over, if this one still lives then.
+    """
+
+    def after_init_train_context(self) -> None:
+        """Called by Ray Train on each worker, in the main thread."""
+
+        def note(*_: object) -> None:
+            context = get_train_context()
+            node = ray.get_runtime_context().get_node_id()  # type: ignore[no-untyped-call]
+            deadline = int(1000 * (time.time() + GRACE_SECONDS))
+            context.preemption_context.preemption_info = PreemptionInfo(deadline, {node: [context.get_world_rank()]})
+
+        signal.signal(signal.SIGTERM, note)
+
+
+def _fit(trainer: TorchTrainer) -> Any:
     """`trainer.fit()` in a thread: in the main one it takes SIGINT for itself, and ends the process with status 0."""
     outcome: list[Any] = []
     failure: list[BaseException] = []
@@ -263,14 +330,14 @@ class _News:
             ray.get(self._mailbox.put.remote("file", (name, content)), timeout=ANSWER_SECONDS)
         self.say(f"where a step's time goes:\n{table}")
 
-    def at(self, step: int, images: int) -> None:
+    def at(self, step: int, images: int, workers: int) -> None:
         """The run goes on from a checkpoint."""
         if self._mine:
             self._mailbox.put.remote("at", images)
-            self.say(f"going on from step {step}")
+            self.say(f"going on from step {step} with {workers} worker(s)")
 
-    def keep(self, state: State | None, step: int, summary: Summary) -> None:
-        """Hand a checkpoint to Ray Train, which uploads it in the background. All ranks call it."""
+    def keep(self, state: State | None, step: int, summary: Summary, *, wait: bool = False) -> None:
+        """Hand a checkpoint to Ray Train, which uploads it in the background, unless to `wait`. All ranks call it."""
         name = f"step-{step:08d}"
         if state is None:
             ray.train.report(summary, checkpoint=None, checkpoint_dir_name=name)
@@ -284,12 +351,46 @@ class _News:
             summary,
             checkpoint=ray.train.Checkpoint.from_directory(folder),
             checkpoint_dir_name=name,
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.SYNC
+            if wait
+            else ray.train.CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
         )
 
     def close(self) -> None:
         if self._log is not None:
             self._log.close(FLUSH_SECONDS)
+
+
+class _Notice:
+    """Asks for a checkpoint at once: when the loss of a worker is announced, or their number is to change."""
+
+    def __init__(self, news: _News, mailbox: Any) -> None:
+        self._news, self._mailbox = news, mailbox
+        self._context = get_train_context()
+        # ray.train.get_preemption_info would be a meeting of all workers, which the loop has already
+        self._announced: PreemptionInfo | None = None
+        self._first = self._context.get_world_rank() == 0
+        self._wish = self._answered = 0
+        self._reply = mailbox.wished.remote() if self._first else None
+
+    def given(self) -> bool:
+        """Whether it is wanted now. Never waits."""
+        if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
+            self._wish = ray.get(self._reply)
+            self._reply = self._mailbox.wished.remote()
+        announced = self._context.preemption_context.preemption_info
+        return announced != self._announced or self._wish > self._answered
+
+    def keep(self, state: State | None, step: int, summary: Summary) -> None:
+        """Keep a checkpoint, and return when it is stored."""
+        announced = self._context.preemption_context.preemption_info
+        self._news.keep(state, step, summary, wait=True)
+        if announced is not None and announced != self._announced:
+            self._news.say(f"a worker will be lost: a checkpoint of step {step} is kept")
+        self._announced, self._answered = announced, self._wish
+        if self._first:
+            self._mailbox.answer.remote(self._answered)
 
 
 def _worker(arguments: dict[str, Any]) -> Any:
@@ -301,7 +402,7 @@ def _worker(arguments: dict[str, Any]) -> Any:
         return {"failure": failure}
     news = _News(job, mailbox)
     try:
-        _train(job, news)
+        _train(job, news, _Notice(news, mailbox))
     except (InputError, RunError) as error:
         ray.get(mailbox.give_up.remote(str(error)), timeout=ANSWER_SECONDS)
         raise
@@ -310,8 +411,9 @@ def _worker(arguments: dict[str, Any]) -> Any:
     return {}
 
 
-def _train(job: Job, news: _News) -> None:
+def _train(job: Job, news: _News, notice: _Notice) -> None:
     config, context = job.config, ray.train.get_context()
+    world, rank = context.get_world_size(), context.get_world_rank()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -320,28 +422,42 @@ def _train(job: Job, news: _News) -> None:
     method = build_method(config.method, config.backbone, job.classes, len(job.index))
     state = _restore(job)
     if state is not None:
-        news.at(state.step, state.step * config.train.batch_size)
+        news.at(state.step, state.step * config.train.batch_size, world)
     labelled = job.index.label_column is not None
     judge = OnlineKNN(config, job.index, job.test, device) if labelled and config.evaluation.online else None
 
     profile = None
-    if config.profile and context.get_world_rank() == 0:
+    if config.profile and rank == 0:
         profile = Profile(device, news.profile, pooled=config.augment.placement == "pool")
     phase = contextlib.nullcontext if profile is None else profile.phase
 
+    plan = job.plan(world)
+
     def source(start: Position) -> Iterator[Views]:
-        return _views(job, context.get_world_rank(), start, device, phase)
+        return _views(job, plan, rank, start, device, phase)
 
-    plan = job.plan()
-    fit(config, method, source, plan, news, news.keep, device=device, state=state, judge=judge, profile=profile)
+    fit(
+        config,
+        method,
+        source,
+        plan,
+        news,
+        news.keep,
+        device=device,
+        state=state,
+        judge=judge,
+        profile=profile,
+        notice=notice,
+    )
 
 
-def _views(job: Job, rank: int, start: Position, device: torch.device, phase: Phase) -> Iterator[Views]:
+def _views(job: Job, plan: Plan, rank: int, start: Position, device: torch.device, phase: Phase) -> Iterator[Views]:
     """This worker's views from `start` to the end of the run."""
-    config, plan = job.config, job.plan()
+    config = job.config
     mine = (job.index, plan, config.stream, rank, start, config.train.epochs)
+    parts = plan.parts_of(rank)
     if config.augment.placement == "pool":
-        make = partial(_PoolAugment, config.augment, config.seed, rank)
+        make = partial(_PoolAugment, config.augment, config.seed, parts)
         for views in views_batches(*mine, decode_tasks=job.decode_tasks, augment=config.augment, make=make):
             with phase("copy"):
                 moved = Views(
@@ -358,7 +474,7 @@ def _views(job: Job, rank: int, start: Position, device: torch.device, phase: Ph
     else:
         batches = ray_batches(*mine, decode_tasks=job.decode_tasks, pin_memory=pin)
     positions = plan.positions(start, config.train.epochs)
-    generators = (generator(config.seed, *position, rank) for position in positions)
+    generators = ([generator(config.seed, *position, part) for part in parts] for position in positions)
     # what autocast would make of them in the first layer; half of the memory to write and to read
     dtype = torch.bfloat16 if device.type == "cuda" and config.train.precision == "bf16" else torch.float32
     for _, views in prefetched(batches, generators, Augment(config.augment), device, dtype, phase):
@@ -368,28 +484,29 @@ def _views(job: Job, rank: int, start: Position, device: torch.device, phase: Ph
 class _PoolAugment:
     """Makes the views in an actor of the pool, with the parameters that the training device would have drawn."""
 
-    def __init__(self, config: AugmentConfig, seed: int, rank: int) -> None:
-        self._augment, self._seed, self._rank = Augment(config), seed, rank
+    def __init__(self, config: AugmentConfig, seed: int, parts: range) -> None:
+        self._augment, self._seed, self._parts = Augment(config), seed, parts
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, batch: Batch, position: Position) -> Views:
         moved = Batch(batch.image.to(self._device), batch.size, batch.id, batch.label)
-        return self._augment(moved, generator(self._seed, *position, self._rank))
+        return self._augment(moved, [generator(self._seed, *position, part) for part in self._parts])
 
 
 def _restore(job: Job) -> State | None:
     """The state of the run's last checkpoint.
 
     Raises:
-        InputError: It was made by another number of workers, among which the epoch was divided otherwise.
+        InputError: It is of epochs that were cut into another number of parts.
     """
     kept = ray.train.get_checkpoint()
     if kept is None:
         return None
     with kept.as_directory() as folder:
         state = checkpoint.load(Path(folder))
-    if state.world != job.config.cluster.workers:
+    if state.parts != job.config.parts:
         raise InputError(
-            f"the checkpoint is of {state.world} workers, not {job.config.cluster.workers}: go on with as many"
+            f"the checkpoint is of epochs in {state.parts} parts, not {job.config.parts}: go on with "
+            f"--train.parts {state.parts}"
         )
     return state
