@@ -13,3 +13,7 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A job that began and could not finish. The command prints the message as one line and exits with status 1."""
+
+
+class RetryError(RunError):
+    """A part of the cluster failed, not the job's own doing: to begin again may help."""

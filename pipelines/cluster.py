@@ -84,13 +84,14 @@ def connect(config: ClusterConfig) -> Iterator[Cluster]:
             os.environ.setdefault(*KEEP_IDLE)
             ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     try:
-        yield _look()
+        yield look()
     finally:
         if ours:
             ray.shutdown()
 
 
-def _look() -> Cluster:
+def look() -> Cluster:
+    """The cluster that this process is connected to, as it is now."""
     nodes = [
         Node(node["NodeID"], *(node["Resources"].get(name, 0.0) for name in ("CPU", "GPU", "object_store_memory")))
         for node in ray.nodes()  # type: ignore[no-untyped-call]
@@ -169,7 +170,9 @@ def check_shared(cluster: Cluster, storage: str, data: str) -> None:
     marker = f".jem-{uuid.uuid4().hex}"
     local = {"storage": storage, "data": data}
     local = {key: path for key, path in local.items() if "://" not in path}
+    made = "storage" in local and not Path(storage).exists()
     if "storage" in local:
+        Path(storage).mkdir(parents=True, exist_ok=True)
         (Path(storage) / marker).touch()
 
     @ray.remote(num_cpus=0)
@@ -197,3 +200,5 @@ def check_shared(cluster: Cluster, storage: str, data: str) -> None:
     finally:
         if "storage" in local:
             (Path(storage) / marker).unlink(missing_ok=True)
+        if made:
+            Path(storage).rmdir()

@@ -35,7 +35,7 @@ from jem.train.launch import Job, Trained, train
 from jem.train.online import encoder_of
 from jem.train.profile import LEAST
 from jem.train.schedules import scaled_lr
-from pipelines.cluster import check_shared, connect, place
+from pipelines.cluster import check_shared, connect, look, place
 from pipelines.command import main_for
 from pipelines.folder import RunFolder
 from pipelines.settings import dump_config
@@ -240,7 +240,10 @@ def _ending(tracker: Tracker, folder: RunFolder, record: dict[str, Any]) -> Iter
         raise
     finally:
         tracker.finish(record["run_id"], status)  # type: ignore[arg-type]
-        folder.note(record | {"status": ended})
+        try:
+            folder.note(record | {"status": ended})
+        except OSError as error:  # a full storage ended the run: its own reason says so
+            print(f"warning: {folder.name} could not be noted as {ended} ({error})", file=sys.stderr, flush=True)
 
 
 # --- after --------------------------------------------------------------------------------------------------------
@@ -255,9 +258,9 @@ def _finish(job: Job, trained: Trained, data: _Data, tracker: Tracker) -> Pretra
 
     encoders = [encoder, _untrained(config, data)] if config.evaluation.random_baseline else [encoder]
     sets = [data.train] if data.test is None else [data.train, data.test]
-    found = extract_all(
-        encoders, sets, config.stream, config.evaluation.batch_size, config.cluster.workers, gpu=job.gpu
-    )
+    actors = min(config.cluster.workers, max(1, int(look().gpus))) if job.gpu else config.cluster.workers
+    batch_size = config.evaluation.batch_size
+    found = extract_all(encoders, sets, config.stream, batch_size, actors, gpu=job.gpu, replace=True)
     figures = [judge(each[0], each[1] if each[1:] else None, config.evaluation, config.seed) for each in found]
     pretrained, untrained = figures[0], figures[1] if figures[1:] else {}
 

@@ -42,6 +42,11 @@ class StreamConfig(Section):
         "once an epoch; refused if they do not fit; null for none",
     )
     pixel_limit: PositiveInt = Field(178_956_970, description="larger images are refused (decompression bombs)")
+    max_lost: Fraction = Field(
+        0.001,
+        description="share of the images that may become unreadable while training, each replaced by another; 0: stop "
+        "at the first",
+    )
 
 
 class JitterConfig(Section):

@@ -22,7 +22,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from jem.errors import RunError
 
 ANSWER_SECONDS = 30.0
-PAUSE_SECONDS = 0.5
+PAUSE_SECONDS = 1.0
 """Between looks for workers while there are too few: Ray Train would look without a pause."""
 KEEP_SECONDS = 300.0
 """In which the workers must have kept a checkpoint before a resize; it costs the steps since the last one otherwise."""
@@ -99,8 +99,19 @@ class Divisors(ElasticScalingPolicy):
         self._kept = (self._ask("answered") or 0) >= number
         return NoopDecision()
 
+    def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:
+        """What is reserved for this run on each node now; Ray Train's own may be 20 s old, and the nodes gone."""
+        coordinator: Any = self._autoscaling_coordinator
+        try:
+            reserved: dict[str, dict[str, float]] = ray.get(
+                coordinator.get_reserved_resources.remote(self._requester_id, recompute=True), timeout=ANSWER_SECONDS
+            )
+        except RayError:
+            return None
+        return reserved
+
     def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
-        """Of what Ray Train reserved, what is on nodes that live and stay; the reservation may be 20 s old."""
+        """As many as have room on nodes that live and stay, with their decoding."""
         leaving = ray._private.state.state.get_draining_nodes() or {}  # noqa: SLF001 - Ray Train asks so too
         nodes = {
             node["NodeID"]: node["Resources"]

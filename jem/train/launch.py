@@ -15,10 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import ray
 import ray.train
 import ray.train.torch
 import torch
+from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayError
 from ray.train.v2._internal.execution.callback import WorkerCallback
 from ray.train.v2._internal.execution.context import get_train_context
@@ -30,6 +33,7 @@ from ray.train.v2.api.config import (  # mypy takes those of ray.train for Train
 )
 from ray.train.v2.api.preemption import PreemptionInfo
 from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jem.augment.views import Augment, generator, prefetched
 from jem.batch import Batch, Views
@@ -37,9 +41,11 @@ from jem.config import AugmentConfig, PretrainConfig
 from jem.data.cache import Cache, cached_batches
 from jem.data.index import Index
 from jem.data.plan import Plan, Position
+from jem.data.read import Told, why_lost
+from jem.data.storage import one_line
 from jem.data.stream import ray_batches, views_batches
 from jem.device import put
-from jem.errors import InputError, RunError
+from jem.errors import InputError, RetryError, RunError
 from jem.methods import build_method
 from jem.progress import Progress
 from jem.tracking.runs import MetricLog
@@ -54,6 +60,10 @@ from jem.train.watch import Summary
 POLL_SECONDS = 0.5
 ANSWER_SECONDS = 30.0
 FLUSH_SECONDS = 10.0
+CLOSE_SECONDS = 60.0
+"""Wait of a finished training for an MLflow that is away."""
+UPLOAD_TRIES, UPLOAD_PAUSE = 4, 1.0
+"""Of a checkpoint; seconds before the second try, then twice as many each time."""
 GRACE_SECONDS = 30.0
 """Between SIGTERM to a worker and its end, as Kubernetes has it."""
 
@@ -103,13 +113,16 @@ class Trained:
 class Mailbox:
     """An actor that carries the workers' news to the driver, and the reason why a run must not be tried again.
 
-    And the wish for a checkpoint before the number of workers changes, to rank 0, and its answer.
+    And the wish for a checkpoint before the number of workers changes, to rank 0, and its answer; and the images that
+    could not be read.
     """
 
     def __init__(self) -> None:
         self._news: deque[tuple[str, Any]] = deque(maxlen=10_000)
         self._fatal: str | None = None
         self._wishes, self._answered = 0, 0
+        self._lost: set[int] = set()
+        self._lost_shards: set[str] = set()
 
     def put(self, kind: str, value: Any) -> None:
         """Add one piece of news."""
@@ -134,9 +147,9 @@ class Mailbox:
         self._wishes += 1
         return self._wishes
 
-    def wished(self) -> int:
-        """The number of the latest wish."""
-        return self._wishes
+    def state(self) -> tuple[int, int]:
+        """The number of the latest wish, and of the images that were lost."""
+        return self._wishes, len(self._lost)
 
     def answer(self, wish: int) -> None:
         """A checkpoint is kept since that wish."""
@@ -145,6 +158,14 @@ class Mailbox:
     def answered(self) -> int:
         """The latest wish since which a checkpoint is kept."""
         return self._answered
+
+    def lose(self, positions: list[int], shards: dict[str, str]) -> int:
+        """Note images that cannot be read, and why each shard's cannot; returns how many there are by now."""
+        for name in shards.keys() - self._lost_shards:
+            self._lost_shards.add(name)
+            self.put("say", f"warning: {shards[name]}; other images stand in for those that are lost")
+        self._lost.update(positions)
+        return len(self._lost)
 
 
 def train(job: Job, save: Callable[[str, bytes], None]) -> Trained:
@@ -157,7 +178,10 @@ def train(job: Job, save: Callable[[str, bytes], None]) -> Trained:
         RunError: It could not finish; the message says why. The last checkpoint is kept.
     """
     config = job.config
-    mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
+    # with the driver, so that no other node takes it along
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(num_cpus=0)(Mailbox)
+    mailbox: Any = actor.options(scheduling_strategy=here).remote()
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.start_timeout)
     trainer = _trainer(job, mailbox)
     total = job.plan().total_steps(config.train.epochs) * config.train.batch_size
@@ -166,15 +190,18 @@ def train(job: Job, save: Callable[[str, bytes], None]) -> Trained:
             result = _fit(trainer)
         failure = (result.return_value or {}).get("failure")
     except ray.train.TrainingFailedError as error:
-        failure = _fatal(mailbox) or _cause(error)
-        raise RunError(f"training stopped: {failure}. Mend the cause, then go on with --resume {job.name}") from error
+        raise _stopped(job, _fatal(mailbox) or _cause(error)) from error
     finally:
         ray.kill(mailbox)
     if failure or result.checkpoint is None:
-        raise RunError(f"training stopped: {failure or 'there is no checkpoint'}")
+        raise _stopped(job, failure or "there is no checkpoint")
     with result.checkpoint.as_directory() as folder:
         state = checkpoint.load(Path(folder))
     return Trained(state, dict(result.metrics or {}), result.checkpoint.path)
+
+
+def _stopped(job: Job, why: str) -> RunError:
+    return RunError(f"training stopped: {why}. Mend the cause, then go on with --resume {job.name}")
 
 
 def _trainer(job: Job, mailbox: Any) -> TorchTrainer:
@@ -217,7 +244,7 @@ class _OnTerm(WorkerCallback):
 
         def note(*_: object) -> None:
             context = get_train_context()
-            node = ray.get_runtime_context().get_node_id()  # type: ignore[no-untyped-call]
+            node = ray.get_runtime_context().get_node_id()
             deadline = int(1000 * (time.time() + GRACE_SECONDS))
             context.preemption_context.preemption_info = PreemptionInfo(deadline, {node: [context.get_world_rank()]})
 
@@ -305,13 +332,15 @@ class _News:
     """What rank 0 tells: metrics to MLflow, progress and words to the driver. The other ranks are silent."""
 
     def __init__(self, job: Job, mailbox: Any) -> None:
-        self._mailbox = mailbox
+        self._storage, self._mailbox = job.storage, mailbox
         self._mine = ray.train.get_context().get_world_rank() == 0
-        self._log = MetricLog(job.tracking_uri, job.run_id) if self._mine else None
+        self._log = MetricLog(job.tracking_uri, job.run_id, self.say) if self._mine else None
+        self.lost = 0
+        """Images that could not be read, so far."""
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         if self._log is not None:
-            self._log.log(values, step)
+            self._log.log(values | ({"stream/lost": self.lost} if self.lost else {}), step)
 
     def progress(self, images: int, info: dict[str, float]) -> None:
         if self._mine:
@@ -345,8 +374,11 @@ class _News:
         if self._log is not None:
             # What comes before the checkpoint is not repeated by a run that goes on from it.
             self._log.flush(FLUSH_SECONDS)
-        folder = Path(tempfile.mkdtemp(prefix="jem-checkpoint-"))
-        checkpoint.save(state, folder)
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="jem-checkpoint-"))
+            checkpoint.save(state, folder)
+        except OSError as error:
+            raise RunError(f"{name} cannot be written to {tempfile.gettempdir()} ({one_line(error)})") from error
         ray.train.report(
             summary,
             checkpoint=ray.train.Checkpoint.from_directory(folder),
@@ -355,11 +387,27 @@ class _News:
             if wait
             else ray.train.CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
+            checkpoint_upload_fn=self._upload,
         )
 
-    def close(self) -> None:
+    def _upload(self, kept: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """As Ray Train does it; a storage that is full or gone ends the run, and is not tried with each restart."""
+        storage = get_train_context().storage_context
+        for attempt in range(UPLOAD_TRIES):
+            try:
+                return storage.persist_current_checkpoint(kept, name)
+            except (OSError, RuntimeError, pa.ArrowException) as error:
+                if attempt + 1 == UPLOAD_TRIES:
+                    reason = f"{name} cannot be written to {self._storage} ({one_line(error)})"
+                    ray.get(self._mailbox.give_up.remote(reason), timeout=ANSWER_SECONDS)
+                    raise RunError(reason) from error
+                time.sleep(UPLOAD_PAUSE * 2**attempt)
+        raise AssertionError
+
+    def close(self, seconds: float) -> None:
+        """Wait so long for what MLflow has not yet; what it does not get is told."""
         if self._log is not None:
-            self._log.close(FLUSH_SECONDS)
+            self._log.close(seconds)
 
 
 class _Notice:
@@ -372,13 +420,13 @@ class _Notice:
         self._announced: PreemptionInfo | None = None
         self._first = self._context.get_world_rank() == 0
         self._wish = self._answered = 0
-        self._reply = mailbox.wished.remote() if self._first else None
+        self._reply = mailbox.state.remote() if self._first else None
 
     def given(self) -> bool:
         """Whether it is wanted now. Never waits."""
         if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
-            self._wish = ray.get(self._reply)
-            self._reply = self._mailbox.wished.remote()
+            self._wish, self._news.lost = ray.get(self._reply)
+            self._reply = self._mailbox.state.remote()
         announced = self._context.preemption_context.preemption_info
         return announced != self._announced or self._wish > self._answered
 
@@ -393,6 +441,38 @@ class _Notice:
             self._mailbox.answer.remote(self._answered)
 
 
+class _Losses:
+    """Counts the images that this worker could not get, with the others' and up to the limit."""
+
+    def __init__(self, job: Job, mailbox: Any) -> None:
+        self._job, self._mailbox = job, mailbox
+        self._known: set[int] = set()
+        self._shards: dict[str, str] = {}
+
+    def __call__(self, positions: NDArray[np.int64]) -> None:
+        """Count those at these positions, once each, whatever the epoch.
+
+        Raises:
+            RunError: There are too many.
+        """
+        new = set(positions.tolist()) - self._known
+        if not new:
+            return
+        index, stream = self._job.index, self._job.config.stream
+        shards: dict[str, str] = {}
+        for position in new:
+            name = index.files[index.file[np.searchsorted(index.start, position, side="right") - 1]]
+            if name not in self._shards:
+                self._shards[name] = shards[name] = why_lost(index, position, stream.canvas, stream.pixel_limit)
+        self._known |= new
+        total: int = ray.get(self._mailbox.lose.remote(sorted(new), shards), timeout=ANSWER_SECONDS)
+        if total > stream.max_lost * len(index):
+            raise RunError(
+                f"{total} of {len(index)} images are lost, more than stream.max_lost {stream.max_lost:g} allows: "
+                f"{self._shards[name]}"
+            )
+
+
 def _worker(arguments: dict[str, Any]) -> Any:
     """One train worker, from its start (or start again) to the end of the run; returns {"failure": why}, or {}."""
     job: Job = arguments["job"]
@@ -401,17 +481,21 @@ def _worker(arguments: dict[str, Any]) -> Any:
     if failure:
         return {"failure": failure}
     news = _News(job, mailbox)
+    patience = FLUSH_SECONDS
     try:
-        _train(job, news, _Notice(news, mailbox))
+        _train(job, news, _Notice(news, mailbox), _Losses(job, mailbox) if job.config.stream.max_lost else None)
+        patience = CLOSE_SECONDS
+    except RetryError:
+        raise
     except (InputError, RunError) as error:
         ray.get(mailbox.give_up.remote(str(error)), timeout=ANSWER_SECONDS)
         raise
     finally:
-        news.close()
+        news.close(patience)
     return {}
 
 
-def _train(job: Job, news: _News, notice: _Notice) -> None:
+def _train(job: Job, news: _News, notice: _Notice, told: Told | None) -> None:
     config, context = job.config, ray.train.get_context()
     world, rank = context.get_world_size(), context.get_world_rank()
     device = ray.train.torch.get_device()
@@ -434,7 +518,7 @@ def _train(job: Job, news: _News, notice: _Notice) -> None:
     plan = job.plan(world)
 
     def source(start: Position) -> Iterator[Views]:
-        return _views(job, plan, rank, start, device, phase)
+        return _views(job, plan, rank, start, device, phase, told)
 
     fit(
         config,
@@ -451,14 +535,17 @@ def _train(job: Job, news: _News, notice: _Notice) -> None:
     )
 
 
-def _views(job: Job, plan: Plan, rank: int, start: Position, device: torch.device, phase: Phase) -> Iterator[Views]:
+def _views(
+    job: Job, plan: Plan, rank: int, start: Position, device: torch.device, phase: Phase, told: Told | None
+) -> Iterator[Views]:
     """This worker's views from `start` to the end of the run."""
     config = job.config
     mine = (job.index, plan, config.stream, rank, start, config.train.epochs)
     parts = plan.parts_of(rank)
     if config.augment.placement == "pool":
         make = partial(_PoolAugment, config.augment, config.seed, parts)
-        for views in views_batches(*mine, decode_tasks=job.decode_tasks, augment=config.augment, make=make):
+        tasks = job.decode_tasks
+        for views in views_batches(*mine, decode_tasks=tasks, augment=config.augment, make=make, told=told):
             with phase("copy"):
                 moved = Views(
                     [put(view, device) for view in views.views],
@@ -472,7 +559,7 @@ def _views(job: Job, plan: Plan, rank: int, start: Position, device: torch.devic
     if job.cache is not None:
         batches = cached_batches(*mine, cache=job.cache, pin_memory=pin)
     else:
-        batches = ray_batches(*mine, decode_tasks=job.decode_tasks, pin_memory=pin)
+        batches = ray_batches(*mine, decode_tasks=job.decode_tasks, pin_memory=pin, told=told)
     positions = plan.positions(start, config.train.epochs)
     generators = ([generator(config.seed, *position, part) for part in parts] for position in positions)
     # what autocast would make of them in the first layer; half of the memory to write and to read
