@@ -9,6 +9,7 @@ the start.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import asdict
@@ -16,7 +17,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ExecutionResources, TaskPoolStrategy
@@ -30,6 +30,8 @@ from jem.errors import RetryError, RunError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import TypeAlias
+
+    import pyarrow as pa
 
     from jem.batch import Batch, Views
     from jem.config import AugmentConfig, StreamConfig
@@ -163,20 +165,22 @@ def dataset(
                 yield rows.decode(low, low + per_block, canvas, pixel_limit)
 
     together = -(-len(index.rows) // (8 * SPAN))  # so that even a very large set has few thousand tasks
-    groups = np.arange(len(index.rows))
-    blocks = [pa.table({"group": groups[low : low + together]}) for low in range(0, len(groups), together)]
-    manifest = _manifest(blocks, CHUNK_BYTES)
+    groups = [{"group": group} for group in range(len(index.rows))]
+    manifest = _manifest(groups, -(-len(groups) // together), CHUNK_BYTES)
     return manifest.map_batches(decode, batch_format="pyarrow", batch_size=None, num_cpus=decode_cpus)
 
 
 # --- executions -------------------------------------------------------------------------------------------------------
 
 
-def _manifest(blocks: list[pa.Table], block_bytes: int) -> ray.data.Dataset:
-    """A data set with settings of its own, those of the process stay as they are; it makes blocks of `block_bytes`."""
+def _manifest(rows: list[dict[str, Any]], blocks: int, block_bytes: int) -> ray.data.Dataset:
+    """A data set with settings of its own, those of the process stay as they are; it makes blocks of `block_bytes`.
+
+    Not `from_arrow`: that asks tasks of a whole CPU each what is in the tables, and waits for ever where none is free.
+    """
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
-    manifest = ray.data.from_arrow(blocks)
+    manifest = ray.data.from_items(rows, override_num_blocks=blocks)
     context = manifest.context
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
@@ -195,20 +199,20 @@ def _decoded(
     together = max(1, min(CHUNK_BYTES // batch_bytes, plan.window_steps()))
 
     def decode(manifest: pa.Table) -> Iterator[Arrays]:
-        for row in manifest.to_pylist():
-            window = Window.of(row)
+        for row in manifest.column("window").to_pylist():
+            window = Window.of(json.loads(row))
             step = window.step + window.skip
             for arrays in read_window(index, plan, window, canvas, pixel_limit, together, replace=replace):
                 count = len(arrays["id"])
                 yield {**arrays, "epoch": np.full(count, window.epoch), "step": np.arange(step, step + count)}
                 step += count
 
-    rows = [asdict(window) for window in windows]
+    rows = [{"window": json.dumps(asdict(window))} for window in windows]
     images = min(TASK_IMAGES, TASK_BYTES * plan.total / index.bytes.sum())
     each = max(1, round(images / (plan.window_steps() * plan.batch_per_worker)))
-    blocks = [pa.Table.from_pylist(rows[low : low + each]) for low in range(0, len(rows), each)]
+    blocks = -(-len(rows) // each)
     # Ray joins what is not larger than this, and cuts what is half as large again: so it leaves ours as they are.
-    manifest = _manifest(blocks, together * batch_bytes)
+    manifest = _manifest(rows, blocks, together * batch_bytes)
     store = _cluster()[0].get("object_store_memory", 0.0) * STORE_SHARE / plan.world
     least, most = BLOCKS_AHEAD
     ahead = max(least, min(most, IMAGES_AHEAD // (together * plan.batch_per_worker)))
@@ -219,7 +223,7 @@ def _decoded(
         batch_format="pyarrow",
         batch_size=None,
         num_cpus=stream.decode_cpus,
-        compute=TaskPoolStrategy(size=min(tasks, len(blocks))),
+        compute=TaskPoolStrategy(size=min(tasks, blocks)),
     )
 
 

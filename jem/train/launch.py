@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import tempfile
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,23 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import ray
 import ray.train
 import ray.train.torch
 import torch
-from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayError
-from ray.train.v2._internal.execution.callback import WorkerCallback
-from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.api.config import (  # mypy takes those of ray.train for Train V1's
     CheckpointConfig,
     FailureConfig,
     RunConfig,
     ScalingConfig,
 )
-from ray.train.v2.api.preemption import PreemptionInfo
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -41,31 +32,26 @@ from jem.config import AugmentConfig, PretrainConfig
 from jem.data.cache import Cache, cached_batches
 from jem.data.index import Index
 from jem.data.plan import Plan, Position
-from jem.data.read import Told, why_lost
-from jem.data.storage import one_line
+from jem.data.read import Told
 from jem.data.stream import ray_batches, views_batches
 from jem.device import put
 from jem.errors import InputError, RetryError, RunError
 from jem.methods import build_method
 from jem.progress import Progress
-from jem.tracking.runs import MetricLog
 from jem.train import checkpoint
 from jem.train.checkpoint import State
 from jem.train.elastic import Divisors, ElasticTrainer
 from jem.train.loop import Phase, fit
+from jem.train.news import ANSWER_SECONDS, FLUSH_SECONDS, Announced, Losses, News, OnTerm
 from jem.train.online import OnlineKNN
-from jem.train.profile import TABLE, TRACE, Measured, Profile
+from jem.train.profile import Profile
 from jem.train.watch import Summary
 
 POLL_SECONDS = 0.5
-ANSWER_SECONDS = 30.0
-FLUSH_SECONDS = 10.0
+START_FAILURES = 10
+"""Starts of the workers that may fail where any number of them may die: each may take `cluster.start_timeout`."""
 CLOSE_SECONDS = 60.0
 """Wait of a finished training for an MLflow that is away."""
-UPLOAD_TRIES, UPLOAD_PAUSE = 4, 1.0
-"""Of a checkpoint; seconds before the second try, then twice as many each time."""
-GRACE_SECONDS = 30.0
-"""Between SIGTERM to a worker and its end, as Kubernetes has it."""
 
 
 @dataclass(frozen=True)
@@ -220,10 +206,11 @@ def _trainer(job: Job, mailbox: Any) -> TorchTrainer:
             name=job.name,
             storage_path=job.storage,
             failure_config=FailureConfig(
-                max_failures=cluster.max_failures, controller_failure_limit=max(cluster.max_failures, 0)
+                max_failures=cluster.max_failures,
+                controller_failure_limit=START_FAILURES if cluster.max_failures < 0 else cluster.max_failures,
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
-            callbacks=[_OnTerm()],  # type: ignore[list-item]
+            callbacks=[OnTerm()],  # type: ignore[list-item]
         ),
     }
     if cluster.min_workers is None:
@@ -231,24 +218,6 @@ def _trainer(job: Job, mailbox: Any) -> TorchTrainer:
     beside = config.stream.decode_cpus + config.augment.cpus_beside
     policy = Divisors(scaling, config.worlds, beside, cluster.start_timeout, mailbox)
     return ElasticTrainer(_worker, policy=policy, **arguments)
-
-
-class _OnTerm(WorkerCallback):
-    """Takes SIGTERM to a train worker for what it means, as Ray Train takes the announced loss of a node.
-
-    The workers keep a checkpoint, and are started again when the grace is over, if this one still lives then.
-    """
-
-    def after_init_train_context(self) -> None:
-        """Called by Ray Train on each worker, in the main thread."""
-
-        def note(*_: object) -> None:
-            context = get_train_context()
-            node = ray.get_runtime_context().get_node_id()
-            deadline = int(1000 * (time.time() + GRACE_SECONDS))
-            context.preemption_context.preemption_info = PreemptionInfo(deadline, {node: [context.get_world_rank()]})
-
-        signal.signal(signal.SIGTERM, note)
 
 
 def _fit(trainer: TorchTrainer) -> Any:
@@ -328,151 +297,6 @@ def _telling(mailbox: Any, progress: Progress, save: Callable[[str, bytes], None
         done.set()
 
 
-class _News:
-    """What rank 0 tells: metrics to MLflow, progress and words to the driver. The other ranks are silent."""
-
-    def __init__(self, job: Job, mailbox: Any) -> None:
-        self._storage, self._mailbox = job.storage, mailbox
-        self._mine = ray.train.get_context().get_world_rank() == 0
-        self._log = MetricLog(job.tracking_uri, job.run_id, self.say) if self._mine else None
-        self.lost = 0
-        """Images that could not be read, so far."""
-
-    def metrics(self, values: dict[str, float], step: int) -> None:
-        if self._log is not None:
-            self._log.log(values | ({"stream/lost": self.lost} if self.lost else {}), step)
-
-    def progress(self, images: int, info: dict[str, float]) -> None:
-        if self._mine:
-            shown = {key: f"{value:.0%}" if key == "waiting" else f"{value:.4g}" for key, value in info.items()}
-            self._mailbox.put.remote("progress", (images, shown))
-
-    def say(self, message: str) -> None:
-        if self._mine:
-            self._mailbox.put.remote("say", message)
-
-    def profile(self, measured: Measured, trace: Path) -> None:
-        """Where a step's time goes; the files are the driver's to save."""
-        table = measured.table()
-        for name, content in ((TABLE, f"{table}\n".encode()), (TRACE, trace.read_bytes())):
-            # waited for, so that they are there before the run is over
-            ray.get(self._mailbox.put.remote("file", (name, content)), timeout=ANSWER_SECONDS)
-        self.say(f"where a step's time goes:\n{table}")
-
-    def at(self, step: int, images: int, workers: int) -> None:
-        """The run goes on from a checkpoint."""
-        if self._mine:
-            self._mailbox.put.remote("at", images)
-            self.say(f"going on from step {step} with {workers} worker(s)")
-
-    def keep(self, state: State | None, step: int, summary: Summary, *, wait: bool = False) -> None:
-        """Hand a checkpoint to Ray Train, which uploads it in the background, unless to `wait`. All ranks call it."""
-        name = f"step-{step:08d}"
-        if state is None:
-            ray.train.report(summary, checkpoint=None, checkpoint_dir_name=name)
-            return
-        if self._log is not None:
-            # What comes before the checkpoint is not repeated by a run that goes on from it.
-            self._log.flush(FLUSH_SECONDS)
-        try:
-            folder = Path(tempfile.mkdtemp(prefix="jem-checkpoint-"))
-            checkpoint.save(state, folder)
-        except OSError as error:
-            raise RunError(f"{name} cannot be written to {tempfile.gettempdir()} ({one_line(error)})") from error
-        ray.train.report(
-            summary,
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=name,
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.SYNC
-            if wait
-            else ray.train.CheckpointUploadMode.ASYNC,
-            delete_local_checkpoint_after_upload=True,
-            checkpoint_upload_fn=self._upload,
-        )
-
-    def _upload(self, kept: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        """As Ray Train does it; a storage that is full or gone ends the run, and is not tried with each restart."""
-        storage = get_train_context().storage_context
-        for attempt in range(UPLOAD_TRIES):
-            try:
-                return storage.persist_current_checkpoint(kept, name)
-            except (OSError, RuntimeError, pa.ArrowException) as error:
-                if attempt + 1 == UPLOAD_TRIES:
-                    reason = f"{name} cannot be written to {self._storage} ({one_line(error)})"
-                    ray.get(self._mailbox.give_up.remote(reason), timeout=ANSWER_SECONDS)
-                    raise RunError(reason) from error
-                time.sleep(UPLOAD_PAUSE * 2**attempt)
-        raise AssertionError
-
-    def close(self, seconds: float) -> None:
-        """Wait so long for what MLflow has not yet; what it does not get is told."""
-        if self._log is not None:
-            self._log.close(seconds)
-
-
-class _Notice:
-    """Asks for a checkpoint at once: when the loss of a worker is announced, or their number is to change."""
-
-    def __init__(self, news: _News, mailbox: Any) -> None:
-        self._news, self._mailbox = news, mailbox
-        self._context = get_train_context()
-        # ray.train.get_preemption_info would be a meeting of all workers, which the loop has already
-        self._announced: PreemptionInfo | None = None
-        self._first = self._context.get_world_rank() == 0
-        self._wish = self._answered = 0
-        self._reply = mailbox.state.remote() if self._first else None
-
-    def given(self) -> bool:
-        """Whether it is wanted now. Never waits."""
-        if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
-            self._wish, self._news.lost = ray.get(self._reply)
-            self._reply = self._mailbox.state.remote()
-        announced = self._context.preemption_context.preemption_info
-        return announced != self._announced or self._wish > self._answered
-
-    def keep(self, state: State | None, step: int, summary: Summary) -> None:
-        """Keep a checkpoint, and return when it is stored."""
-        announced = self._context.preemption_context.preemption_info
-        self._news.keep(state, step, summary, wait=True)
-        if announced is not None and announced != self._announced:
-            self._news.say(f"a worker will be lost: a checkpoint of step {step} is kept")
-        self._announced, self._answered = announced, self._wish
-        if self._first:
-            self._mailbox.answer.remote(self._answered)
-
-
-class _Losses:
-    """Counts the images that this worker could not get, with the others' and up to the limit."""
-
-    def __init__(self, job: Job, mailbox: Any) -> None:
-        self._job, self._mailbox = job, mailbox
-        self._known: set[int] = set()
-        self._shards: dict[str, str] = {}
-
-    def __call__(self, positions: NDArray[np.int64]) -> None:
-        """Count those at these positions, once each, whatever the epoch.
-
-        Raises:
-            RunError: There are too many.
-        """
-        new = set(positions.tolist()) - self._known
-        if not new:
-            return
-        index, stream = self._job.index, self._job.config.stream
-        shards: dict[str, str] = {}
-        for position in new:
-            name = index.files[index.file[np.searchsorted(index.start, position, side="right") - 1]]
-            if name not in self._shards:
-                self._shards[name] = shards[name] = why_lost(index, position, stream.canvas, stream.pixel_limit)
-        self._known |= new
-        total: int = ray.get(self._mailbox.lose.remote(sorted(new), shards), timeout=ANSWER_SECONDS)
-        if total > stream.max_lost * len(index):
-            raise RunError(
-                f"{total} of {len(index)} images are lost, more than stream.max_lost {stream.max_lost:g} allows: "
-                f"{self._shards[name]}"
-            )
-
-
 def _worker(arguments: dict[str, Any]) -> Any:
     """One train worker, from its start (or start again) to the end of the run; returns {"failure": why}, or {}."""
     job: Job = arguments["job"]
@@ -480,10 +304,10 @@ def _worker(arguments: dict[str, Any]) -> Any:
     failure = _fatal(mailbox)
     if failure:
         return {"failure": failure}
-    news = _News(job, mailbox)
+    news = News(job, mailbox)
     patience = FLUSH_SECONDS
     try:
-        _train(job, news, _Notice(news, mailbox), _Losses(job, mailbox) if job.config.stream.max_lost else None)
+        _train(job, news, Announced(news, mailbox), Losses(job, mailbox) if job.config.stream.max_lost else None)
         patience = CLOSE_SECONDS
     except RetryError:
         raise
@@ -495,7 +319,7 @@ def _worker(arguments: dict[str, Any]) -> Any:
     return {}
 
 
-def _train(job: Job, news: _News, notice: _Notice, told: Told | None) -> None:
+def _train(job: Job, news: News, notice: Announced, told: Told | None) -> None:
     config, context = job.config, ray.train.get_context()
     world, rank = context.get_world_size(), context.get_world_rank()
     device = ray.train.torch.get_device()
