@@ -1,4 +1,4 @@
-"""What a train worker tells and is told: metrics for MLflow, words for the driver, checkpoints, lost images, notices."""
+"""What a train worker tells and is told: metrics, words for the driver, checkpoints, lost images, notices."""
 
 from __future__ import annotations
 
@@ -49,15 +49,18 @@ class News:
         """Images that could not be read, so far."""
 
     def metrics(self, values: dict[str, float], step: int) -> None:
+        """Numbers of one step, for MLflow."""
         if self._log is not None:
             self._log.log(values | ({"stream/lost": self.lost} if self.lost else {}), step)
 
     def progress(self, images: int, info: dict[str, float]) -> None:
+        """So many more images were trained on."""
         if self._mine:
             shown = {key: f"{value:.0%}" if key == "waiting" else f"{value:.4g}" for key, value in info.items()}
             self._mailbox.put.remote("progress", (images, shown))
 
     def say(self, message: str) -> None:
+        """A line for the user."""
         if self._mine:
             self._mailbox.put.remote("say", message)
 
