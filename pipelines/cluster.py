@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -84,13 +84,14 @@ def connect(config: ClusterConfig) -> Iterator[Cluster]:
             os.environ.setdefault(*KEEP_IDLE)
             ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     try:
-        yield _look()
+        yield look()
     finally:
         if ours:
             ray.shutdown()
 
 
-def _look() -> Cluster:
+def look() -> Cluster:
+    """The cluster that this process is connected to, as it is now."""
     nodes = [
         Node(node["NodeID"], *(node["Resources"].get(name, 0.0) for name in ("CPU", "GPU", "object_store_memory")))
         for node in ray.nodes()  # type: ignore[no-untyped-call]
@@ -112,35 +113,49 @@ def _join(address: str) -> None:
         raise InputError(f"no Ray cluster answers at {address} ({reason}): {advice}") from error
 
 
-def place(config: ClusterConfig, stream: StreamConfig, cluster: Cluster, pool_cpus: float = 0.0) -> Placement:
+def place(
+    config: ClusterConfig,
+    stream: StreamConfig,
+    cluster: Cluster,
+    pool_cpus: float = 0.0,
+    worlds: Sequence[int] | None = None,
+) -> Placement:
     """Check that train workers and their decode tasks fit, and share out the CPUs that are left for decoding.
 
-    `pool_cpus` are the CPUs that each worker's augmentation actors take.
+    `pool_cpus` are the CPUs that each worker's augmentation actors take. Of an elastic run `worlds` are the numbers of
+    workers that it may have, from the least, which must fit.
 
     Raises:
         InputError: They do not fit; the message says what the cluster has and what was asked for.
     """
-    gpu = config.gpu if config.gpu is not None else cluster.gpus >= config.workers
+    worlds = worlds or [config.workers]
+    gpu = config.gpu if config.gpu is not None else cluster.gpus >= worlds[0]
     fits = sum(
         int(min(node.cpus // config.cpus_per_worker, node.gpus if gpu else float("inf"))) for node in cluster.nodes
     )
-    asked = f"{config.workers} workers x {config.cpus_per_worker:g} CPUs" + (" and 1 GPU" if gpu else "")
-    if fits < config.workers:
+    each = config.cpus_per_worker + pool_cpus
+    workers = max(
+        (world for world in worlds if world <= fits and world * (each + stream.decode_cpus) <= cluster.cpus + 1e-9),
+        default=worlds[0],
+    )
+    asked = f"{workers} workers x {config.cpus_per_worker:g} CPUs" + (" and 1 GPU" if gpu else "")
+    setting = "cluster.workers" if config.min_workers is None else "cluster.min_workers"
+    if fits < workers:
         raise InputError(
-            f"the cluster has {cluster}, which holds {fits} of {asked}: lower cluster.workers"
+            f"the cluster has {cluster}, which holds {fits} of {asked}: lower {setting}"
             + (" or set cluster.gpu false" if gpu else " or cluster.cpus_per_worker")
             + ", or add nodes"
         )
-    left = cluster.cpus - config.workers * (config.cpus_per_worker + pool_cpus)
-    tasks = int(left / config.workers / stream.decode_cpus + 1e-9)
+    left = cluster.cpus - workers * each
+    tasks = int(left / workers / stream.decode_cpus + 1e-9)
     if tasks < 1:
         raise InputError(
             f"the cluster has {cluster}; {asked} leave {max(left, 0):g} CPUs for decoding, which needs "
-            f"{stream.decode_cpus:g} per worker: lower cluster.workers, cluster.cpus_per_worker or stream.decode_cpus"
+            f"{stream.decode_cpus:g} per worker: lower {setting}, cluster.cpus_per_worker or stream.decode_cpus"
         )
     # One more than CPUs: it works while another's successor is being started (2 cores, photographs: 879 images/s with
     # 2 tasks, 1111 with 3, 1073 with 4). They reserve less than a CPU so that a small machine can hold them.
-    useful = int(cluster.cpus / config.workers) + 1
+    useful = int(cluster.cpus / workers) + 1
     return Placement(gpu=gpu, decode_tasks=min(stream.decode_tasks or useful, tasks))
 
 
@@ -152,22 +167,18 @@ def check_shared(cluster: Cluster, storage: str, data: str) -> None:
     """
     if len(cluster.nodes) < 2:
         return
-    marker = f".jem-{uuid.uuid4().hex}"
-    local = {"storage": storage, "data": data}
-    local = {key: path for key, path in local.items() if "://" not in path}
-    if "storage" in local:
-        (Path(storage) / marker).touch()
+    local = {key: path for key, path in {"storage": storage, "data": data}.items() if "://" not in path}
+    with _marked(local.get("storage")) as marker:
 
-    @ray.remote(num_cpus=0)
-    def missing() -> list[str]:
-        lost = []
-        if "storage" in local and not (Path(storage) / marker).exists():
-            lost.append(f"storage {storage}")
-        if "data" in local and not Path(data.partition("*")[0]).exists() and not Path(data).parent.exists():
-            lost.append(f"data {data}")
-        return lost
+        @ray.remote(num_cpus=0)
+        def missing() -> list[str]:
+            lost = []
+            if marker is not None and not marker.exists():
+                lost.append(f"storage {storage}")
+            if "data" in local and not Path(data.partition("*")[0]).exists() and not Path(data).parent.exists():
+                lost.append(f"data {data}")
+            return lost
 
-    try:
         for node in cluster.nodes:
             strategy = NodeAffinitySchedulingStrategy(node.id, soft=False)
             try:
@@ -180,6 +191,21 @@ def check_shared(cluster: Cluster, storage: str, data: str) -> None:
                 raise InputError(
                     f"node {node.id[:8]} does not see {' and '.join(lost)}: use a folder that all nodes share, or a URI"
                 )
+
+
+@contextlib.contextmanager
+def _marked(folder: str | None) -> Iterator[Path | None]:
+    """A file in the folder, which is made for it if there is none, and gone afterwards as before."""
+    if folder is None:
+        yield None
+        return
+    made = not Path(folder).exists()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    marker = Path(folder) / f".jem-{uuid.uuid4().hex}"
+    marker.touch()
+    try:
+        yield marker
     finally:
-        if "storage" in local:
-            (Path(storage) / marker).unlink(missing_ok=True)
+        marker.unlink(missing_ok=True)
+        if made:
+            Path(folder).rmdir()

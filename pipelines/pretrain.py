@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 
 import jem
 from jem.config import PretrainConfig
@@ -35,7 +36,7 @@ from jem.train.launch import Job, Trained, train
 from jem.train.online import encoder_of
 from jem.train.profile import LEAST
 from jem.train.schedules import scaled_lr
-from pipelines.cluster import check_shared, connect, place
+from pipelines.cluster import check_shared, connect, look, place
 from pipelines.command import main_for
 from pipelines.folder import RunFolder
 from pipelines.settings import dump_config
@@ -94,7 +95,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     folder.check_writable()
 
     with connect(config.cluster) as cluster:
-        placement = place(config.cluster, config.stream, cluster, _pool_cpus(config))
+        placement = place(config.cluster, config.stream, cluster, config.augment.cpus_beside, config.worlds)
         check_shared(cluster, folder.storage, config.data)
         if config.stream.cache is not None:
             check_cache(data.train, config.stream, [node.store for node in cluster.nodes])
@@ -138,7 +139,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
 
 
 def _resumed(given: PretrainConfig) -> tuple[PretrainConfig, RunFolder, dict[str, Any]]:
-    """The run's own configuration; of what is given only places may differ from it."""
+    """The run's own configuration; of what is given only places, and the number of workers, may differ from it."""
     assert given.resume is not None
     folder = RunFolder.at(given.storage, given.resume)
     text, record = folder.read()
@@ -146,15 +147,21 @@ def _resumed(given: PretrainConfig) -> tuple[PretrainConfig, RunFolder, dict[str
         raise InputError(f"run {folder.name} is finished: there is nothing to resume; start a new run")
     own = PretrainConfig.model_validate(yaml.safe_load(text))
     flat, base, kept = (_flat(each.model_dump()) for each in (given, PretrainConfig(data=own.data), own))
-    places = {"resume", "name", "storage", "data", "test", "cluster.address", "track.uri"}
-    other = [key for key in flat if key not in places and flat[key] not in (base.get(key), kept.get(key))]
+    places = {"resume", "name", "storage", "data", "test", "track.uri"}
+    free = {key for key in flat if key in places or key.startswith("cluster.")}
+    other = [key for key in flat if key not in free and flat[key] not in (base.get(key), kept.get(key))]
     if other:
         raise InputError(f"a resumed run keeps its settings: leave out --{other[0]} (it was {kept.get(other[0])})")
     changes: dict[str, Any] = {"storage": given.storage, "resume": given.resume}
     changes |= {name: value for name in ("data", "test") if (value := getattr(given, name))}
-    changes["cluster"] = own.cluster.model_copy(update={"address": given.cluster.address or own.cluster.address})
+    changes["cluster"] = own.cluster.model_dump() | given.cluster.model_dump(exclude_unset=True)
+    changes["train"] = own.train.model_dump() | {"parts": own.parts}
     changes["track"] = own.track.model_copy(update={"uri": given.track.uri or own.track.uri})
-    return own.model_copy(update=changes), folder, record
+    try:
+        return PretrainConfig.model_validate(own.model_dump() | changes), folder, record
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise InputError(f"run {folder.name} cannot go on so: {reason}") from error
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -188,11 +195,6 @@ def _open(config: PretrainConfig) -> _Data:
 
 def _fingerprint(index: Index) -> str:
     return hashlib.sha256(repr((len(index), index.rows.tolist())).encode()).hexdigest()[:16]
-
-
-def _pool_cpus(config: PretrainConfig) -> float:
-    augment = config.augment
-    return augment.pool_cpus * augment.pool_actors if augment.placement == "pool" else 0.0
 
 
 def _save_profile(folder: RunFolder, tracker: Tracker, run_id: str, name: str, content: bytes) -> None:
@@ -239,7 +241,10 @@ def _ending(tracker: Tracker, folder: RunFolder, record: dict[str, Any]) -> Iter
         raise
     finally:
         tracker.finish(record["run_id"], status)  # type: ignore[arg-type]
-        folder.note(record | {"status": ended})
+        try:
+            folder.note(record | {"status": ended})
+        except OSError as error:  # a full storage ended the run: its own reason says so
+            print(f"warning: {folder.name} could not be noted as {ended} ({error})", file=sys.stderr, flush=True)
 
 
 # --- after --------------------------------------------------------------------------------------------------------
@@ -254,9 +259,9 @@ def _finish(job: Job, trained: Trained, data: _Data, tracker: Tracker) -> Pretra
 
     encoders = [encoder, _untrained(config, data)] if config.evaluation.random_baseline else [encoder]
     sets = [data.train] if data.test is None else [data.train, data.test]
-    found = extract_all(
-        encoders, sets, config.stream, config.evaluation.batch_size, config.cluster.workers, gpu=job.gpu
-    )
+    actors = min(config.cluster.workers, max(1, int(look().gpus))) if job.gpu else config.cluster.workers
+    batch_size = config.evaluation.batch_size
+    found = extract_all(encoders, sets, config.stream, batch_size, actors, gpu=job.gpu, replace=True)
     figures = [judge(each[0], each[1] if each[1:] else None, config.evaluation, config.seed) for each in found]
     pretrained, untrained = figures[0], figures[1] if figures[1:] else {}
 

@@ -52,6 +52,12 @@ def test_every_section_says_what_it_is(job: type[BaseModel]):
         ({"train": {"batch_size": 10}, "cluster": {"workers": 4}}, "does not divide"),
         ({"train": {"batch_size": 1}}, "no variance"),
         ({"train": {"batch_size": 256, "accumulate": 3}}, "does not divide"),
+        ({"train": {"parts": 3}, "cluster": {"workers": 2}}, "train.parts 3 must be a multiple of cluster.workers 2"),
+        ({"train": {"parts": 512}}, "train.batch_size 256 one of train.parts x train.accumulate 512"),
+        ({"train": {"parts": 128, "accumulate": 4}}, "one of train.parts x train.accumulate 512"),
+        ({"cluster": {"workers": 8, "min_workers": 3}}, "cluster.min_workers 3 must divide train.parts 8"),
+        ({"cluster": {"workers": 2, "min_workers": 4}}, "not pass cluster.workers 2"),
+        ({"cluster": {"workers": 2, "min_workers": 1}, "train": {"sync_bn": False}}, "set train.sync_bn true"),
         ({"augment": {"views": [{"count": 3}]}}, "exactly 2 views"),
         ({"augment": {"views": []}}, "at least 1"),
         ({"augment": {"views": [{"count": 2, "scale": [0.5, 0.1]}]}}, "from low to high"),
@@ -69,6 +75,21 @@ def test_every_section_says_what_it_is(job: type[BaseModel]):
 def test_what_cannot_work_is_refused(changes: dict[str, Any], words: str):
     with pytest.raises(ValidationError, match=words):
         pretrain(**changes)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "parts", "expected"),
+    [
+        ({"workers": 4}, None, [4]),
+        ({"workers": 4}, 8, [4]),
+        ({"workers": 8, "min_workers": 2}, None, [2, 4, 8]),
+        ({"workers": 6, "min_workers": 1}, 12, [1, 2, 3, 4, 6]),
+    ],
+)
+def test_an_elastic_run_may_have_the_numbers_that_divide_its_parts(
+    cluster: dict[str, int], parts: int | None, expected: list[int]
+):
+    assert pretrain(cluster=cluster, train={"parts": parts, "batch_size": 240}).worlds == expected
 
 
 def test_methods_take_only_their_own_settings():

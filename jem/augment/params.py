@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Generator, Tensor
 
     from jem.config import JitterConfig, MaskConfig, ViewConfig
@@ -46,6 +48,15 @@ class ViewParams:
     def __len__(self) -> int:
         return self.boxes.shape[0]
 
+    @classmethod
+    def joined(cls, parts: Sequence[ViewParams]) -> ViewParams:
+        """The parameters of the images of all parts, one part after the other."""
+        columns = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
+        joined: dict[str, Any] = {
+            name: each[0] if each[0] is None else torch.cat(each) for name, each in columns.items()
+        }
+        return cls(**joined)
+
     def rows(self, part: slice) -> ViewParams:
         """The parameters of some of the images."""
         mask = None if self.mask is None else self.mask[part]
@@ -53,9 +64,9 @@ class ViewParams:
         return ViewParams(**others, mask=mask)
 
 
-def generator(seed: int, epoch: int, step: int, rank: int) -> Generator:
-    """A generator for one worker's one step: the same four numbers give the same draws on any machine."""
-    words = np.random.SeedSequence([abs(seed), epoch, step, rank]).generate_state(1, np.uint64)
+def generator(seed: int, epoch: int, step: int, part: int) -> Generator:
+    """A generator for one part of one step's batch: the same four numbers give the same draws on any machine."""
+    words = np.random.SeedSequence([abs(seed), epoch, step, part]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(words[0]))
 
 

@@ -16,12 +16,15 @@ from jem.batch import Batch, Views
 from jem.device import put
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
+    from typing import TypeAlias
 
     from torch import Generator, Tensor
 
     from jem.config import AugmentConfig, ViewConfig
+
+    Draws: TypeAlias = Generator | Sequence[Generator]
 
 __all__ = ["Augment", "augment_view", "centre_view", "generator", "prefetched"]
 
@@ -38,7 +41,7 @@ class Augment:
         self.config = config
         self.views: list[ViewConfig] = [view for view in config.views for _ in range(view.count)]
 
-    def __call__(self, batch: Batch, generator: Generator, dtype: torch.dtype = torch.float32) -> Views:
+    def __call__(self, batch: Batch, generator: Draws, dtype: torch.dtype = torch.float32) -> Views:
         """Draw the parameters and make the views on the device of `batch.image`.
 
         `batch.size` should be on the CPU, where the parameters are drawn; from elsewhere it is fetched, which waits.
@@ -48,9 +51,16 @@ class Augment:
         masked = any(mask is not None for mask in masks)
         return Views(self.apply(batch, params, dtype), batch.id, batch.label, masks if masked else None)
 
-    def draw(self, size: Tensor, generator: Generator) -> list[ViewParams]:
-        """The parameters of each view, for images whose original height and width are `size` (N, 2)."""
+    def draw(self, size: Tensor, generator: Draws) -> list[ViewParams]:
+        """The parameters of each view, for images whose original height and width are `size` (N, 2).
+
+        Of several generators each draws for its equal share of the images, in order.
+        """
         size = size.cpu()
+        if not isinstance(generator, torch.Generator):
+            shares = zip(size.chunk(len(generator)), generator, strict=True)
+            parts = [self.draw(share, each) for share, each in shares]
+            return [ViewParams.joined(drawn) for drawn in zip(*parts, strict=True)]
         return [draw(view, size, generator) for view in self.views]
 
     def apply(self, batch: Batch, params: list[ViewParams], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -153,7 +163,7 @@ def on_canvas(boxes: Tensor, size: Tensor, height: int, width: int) -> Tensor:
 
 def prefetched(
     batches: Iterable[Batch],
-    generators: Iterable[Generator],
+    generators: Iterable[Draws],
     augment: Augment,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
@@ -166,14 +176,14 @@ def prefetched(
 
     Args:
         batches: from the stream, on the CPU.
-        generators: one for each batch, see `generator`; may be endless.
+        generators: one, or several for equal shares, for each batch, see `generator`; may be endless.
         augment: makes the views.
         device: where the views are made and used.
         dtype: of the views.
         phase: "copy" and "augment" run in what it makes of their names, to be measured.
     """
 
-    def made(batch: Batch, drawn_from: Generator) -> Views:
+    def made(batch: Batch, drawn_from: Draws) -> Views:
         with phase("copy"):
             moved = _moved(batch, device)
         with phase("augment"):

@@ -94,6 +94,22 @@ class PretrainConfig(Section):
                 f"train.batch_size {batch} does not divide among cluster.workers {workers} "
                 f"x train.accumulate {accumulate}: make it a multiple of {workers * accumulate}"
             )
+        if self.parts % workers or batch % (self.parts * accumulate):
+            raise ValueError(
+                f"train.parts {self.parts} must be a multiple of cluster.workers {workers}, and train.batch_size "
+                f"{batch} one of train.parts x train.accumulate {self.parts * accumulate}: change one of them"
+            )
+        least = self.cluster.min_workers
+        if least is not None and least not in self.worlds:
+            raise ValueError(
+                f"cluster.min_workers {least} must divide train.parts {self.parts} and not pass cluster.workers "
+                f"{workers}: change one of them"
+            )
+        if least is not None and not self.train.sync_bn:
+            raise ValueError(
+                "with cluster.min_workers the number of workers changes, and with it the images that each one's batch "
+                "norm sees: set train.sync_bn true, or leave min_workers out"
+            )
         if self.stream.cache is not None and self.augment.placement == "pool":
             raise ValueError(
                 "stream.cache is read by the train workers: set augment.placement to device, or leave it out"
@@ -102,6 +118,17 @@ class PretrainConfig(Section):
             _check_views(key, backbone, views)
         self.method.check(self)
         return self
+
+    @property
+    def parts(self) -> int:
+        """That each epoch is cut into."""
+        return self.train.parts or self.cluster.workers
+
+    @property
+    def worlds(self) -> list[int]:
+        """Numbers of workers that the run may have, from the least."""
+        least = self.cluster.min_workers or self.cluster.workers
+        return [world for world in range(least, self.cluster.workers + 1) if self.parts % world == 0]
 
     def _networks(self) -> list[tuple[str, BackboneConfig, list[ViewConfig]]]:
         """Each backbone with the key that sets it and the views that it gets."""

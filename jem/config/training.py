@@ -69,6 +69,11 @@ class TrainConfig(Section):
 
     epochs: PositiveInt = 100
     batch_size: PositiveInt = Field(256, description="global: all workers together")
+    parts: PositiveInt | None = Field(
+        None,
+        description="that an epoch and each global batch are cut into, one or more per worker; with as many parts the "
+        "batches and views are the same on any number of workers that divides them; default: cluster.workers",
+    )
     accumulate: PositiveInt = Field(1, description="split each worker's batch into so many forward passes")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 is autocast; losses stay in float32")
     channels_last: bool = True
@@ -96,11 +101,19 @@ class ClusterConfig(Section):
     address: str | None = Field(
         None, description="Ray address (auto, ray://...); default: RAY_ADDRESS, or a Ray of its own on this machine"
     )
-    workers: PositiveInt = Field(1, description="train workers, one per GPU")
+    workers: PositiveInt = Field(1, description="train workers, one per GPU; the most, where there is a least")
+    min_workers: PositiveInt | None = Field(
+        None,
+        description="least train workers: the run shrinks when a node is lost, to a number that divides train.parts, "
+        "and grows when one joins; default: it waits for as many as there were",
+    )
+    resize_seconds: PositiveFloat = Field(60.0, description="between looks for room to grow (with min_workers)")
     gpu: bool | None = Field(None, description="one GPU per worker and NCCL; default: if the cluster has enough")
     cpus_per_worker: PositiveFloat = Field(0.5, description="CPUs that a train worker reserves")
     max_failures: int = Field(3, ge=-1, description="restarts after a dead worker; -1: without limit")
-    start_timeout: PositiveFloat = Field(300.0, description="seconds in which the workers must have started")
+    start_timeout: PositiveFloat = Field(
+        300.0, description="seconds in which the workers must have started, or started again"
+    )
 
 
 class KNNConfig(Section):

@@ -42,6 +42,11 @@ class StreamConfig(Section):
         "once an epoch; refused if they do not fit; null for none",
     )
     pixel_limit: PositiveInt = Field(178_956_970, description="larger images are refused (decompression bombs)")
+    max_lost: Fraction = Field(
+        0.001,
+        description="share of the images that may become unreadable while training, each replaced by another; 0: stop "
+        "at the first",
+    )
 
 
 class JitterConfig(Section):
@@ -157,3 +162,8 @@ class AugmentConfig(Section):
     )
     mean: tuple[float, float, float] = Field(IMAGENET_MEAN, description="per channel, of images in [0, 1]")
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(IMAGENET_STD, description="per channel")
+
+    @property
+    def cpus_beside(self) -> float:
+        """CPUs that the pool of a train worker reserves."""
+        return self.pool_cpus * self.pool_actors if self.placement == "pool" else 0.0

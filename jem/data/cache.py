@@ -122,7 +122,8 @@ def cached_batches(
             try:
                 batch = ahead.take(deadline)
             except (ray.exceptions.RayError, TimeoutError) as error:
-                raise RunError(f"the cached images cannot be had ({cause(error)}): go on with --resume") from error
+                reason = cause(error)
+                raise type(reason)(f"the cached images cannot be had ({reason}): go on with --resume") from error
             assert batch is not None
             yield batch
 

@@ -1,10 +1,14 @@
 """The order of the images: a function of integers, computed anywhere, without reading anything.
 
 In each epoch the row groups are shuffled, and the rows of each of them; laid end to end they are the epoch's order.
-What fills whole global batches of it is cut into one contiguous part per worker. A worker reads its part in *windows*
-of some batches (about as many as `window` row groups hold) and shuffles the images of a window among each other. So
-every random choice is made ahead, from (seed, epoch, ...), reading stays sequential within row groups, and starting at
-any step needs no replay.
+What fills whole global batches of it is cut into contiguous *parts*, one or more for each worker. A part is read in
+*windows* of some batches (about as many as `window` row groups hold), and the images of a window are shuffled among
+each other. So every random choice is made ahead, from (seed, epoch, ...), reading stays sequential within row groups,
+and starting at any step needs no replay.
+
+Each part gives an equal share of every global batch, and a worker's batch is its parts' shares in their order. So the
+global batches are the same, image by image, however many workers divide the parts among them: a run may go on with
+another number at any step.
 
 Windows end where batches end. So a row group at the border of two windows is read twice (its images are decoded once):
 1 / `window` more bytes read, for which every decode task's output is whole batches, and is never cut or joined again.
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
 GROUPS, ROWS, WINDOW = 1, 2, 3
 """What a permutation is for; part of its seed."""
 WINDOWS_PER_EPOCH = 8
-"""A worker's part is read in at least so many windows (if it has so many batches), to have work for several tasks."""
+"""A part is read in at least so many windows (if it has so many batches), to have work for several tasks."""
 
 
 class Position(NamedTuple):
@@ -53,6 +57,7 @@ class Window:
 
     epoch: int
     rank: int
+    """Of the worker."""
     step: int
     """First step."""
     steps: int
@@ -60,6 +65,7 @@ class Window:
     skip: int
     """How many of the first steps are not wanted, because they were consumed before."""
     pieces: tuple[Piece, ...]
+    """Of the worker's parts, one after the other; each part has as many rows."""
 
     def __len__(self) -> int:
         """Number of batches to make."""
@@ -82,7 +88,7 @@ def permutation(n: int, *key: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The order of a data set's rows over epochs, steps and workers.
+    """The order of a data set's rows over epochs, steps, parts and workers.
 
     Over all workers each row comes once per epoch. What does not fill the last global batch is dropped (others in each
     epoch), or with `carry` opens the next epoch.
@@ -96,6 +102,8 @@ class Plan:
     window: int = 4
     """Row groups that are shuffled among each other, about."""
     remainder: Literal["drop", "carry"] = "drop"
+    parts: int = 0
+    """That an epoch is cut into, a multiple of `world`; 0 for one per worker."""
 
     rows: NDArray[np.int64] = field(init=False, repr=False)
     """(R,) rows of each row group."""
@@ -109,17 +117,22 @@ class Plan:
         """Check that whole batches can be made.
 
         Raises:
-            InputError: A batch that does not divide among the workers or is larger than the data set.
+            InputError: Workers that do not divide the parts, or a batch that does not divide among them or is larger
+                than the data set.
         """
+        object.__setattr__(self, "parts", self.parts or self.world)
         object.__setattr__(self, "rows", np.asarray(rows_per_group, np.int64))
         object.__setattr__(self, "total", int(self.rows.sum()))
         if min(self.batch_size, self.world, self.window) < 1:
             raise InputError(
                 f"batch size {self.batch_size}, workers {self.world} and window {self.window} must be positive"
             )
-        if self.batch_size % self.world:
+        if self.parts % self.world:
+            raise InputError(f"{self.parts} parts of an epoch do not divide among {self.world} workers: take a divisor")
+        if self.batch_size % self.parts:
+            among = "workers" if self.parts == self.world else "parts"
             raise InputError(
-                f"a global batch of {self.batch_size} does not divide among {self.world} workers: take a multiple"
+                f"a global batch of {self.batch_size} does not divide among {self.parts} {among}: take a multiple"
             )
         if self.total < self.batch_size:
             raise InputError(
@@ -130,6 +143,16 @@ class Plan:
     def batch_per_worker(self) -> int:
         """Images in one worker's batch."""
         return self.batch_size // self.world
+
+    @property
+    def batch_per_part(self) -> int:
+        """Images of one part in a batch."""
+        return self.batch_size // self.parts
+
+    def parts_of(self, rank: int) -> range:
+        """The parts of one worker."""
+        each = self.parts // self.world
+        return range(rank * each, (rank + 1) * each)
 
     def __getstate__(self) -> dict[str, object]:
         """What is sent to tasks: without the epochs' orders, which they do not need."""
@@ -175,7 +198,7 @@ class Plan:
     def window_steps(self) -> int:
         """Batches in a window."""
         mean = self.total / len(self.rows)
-        wanted = -(-self.window * mean // self.batch_per_worker)
+        wanted = -(-self.window * mean // self.batch_per_part)
         return max(1, min(int(wanted), self.total // self.batch_size // WINDOWS_PER_EPOCH))
 
     def windows(self, rank: int, start: Position, stop_epoch: int) -> Iterator[Window]:
@@ -189,28 +212,35 @@ class Plan:
         if not 0 <= rank < self.world:
             raise ValueError(f"rank {rank} of {self.world}")
         start = self.position(self.number(start))
-        size, length = self.window_steps(), self.batch_per_worker
+        size, length = self.window_steps(), self.batch_per_part
         for epoch in range(start.epoch, stop_epoch):
             steps = self.steps(epoch)
             begin = start.step if epoch == start.epoch else 0
             for first in range(begin - begin % size, steps, size):
                 count = min(size, steps - first)
-                low = (rank * steps + first) * length
-                pieces = self._pieces(epoch, low, low + count * length)
-                yield Window(epoch, rank, first, count, max(0, begin - first), pieces)
+                pieces: list[Piece] = []
+                for part in self.parts_of(rank):
+                    low = (part * steps + first) * length
+                    pieces += self._pieces(epoch, low, low + count * length)
+                yield Window(epoch, rank, first, count, max(0, begin - first), tuple(pieces))
 
     def order(self, window: Window) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Row groups and rows in them, (n,) each, in the order of the batches; skipped ones are left out."""
         groups = np.repeat([piece.group for piece in window.pieces], [p.high - p.low for p in window.pieces])
         rows = np.concatenate([self._row_order(piece)[piece.low : piece.high] for piece in window.pieces])
-        shuffled = permutation(len(rows), self.seed, WINDOW, window.epoch, window.rank, window.step)
-        wanted = shuffled[window.skip * self.batch_per_worker :]
+        length = window.steps * self.batch_per_part
+        shuffled = [
+            number * length + permutation(length, self.seed, WINDOW, window.epoch, part, window.step)
+            for number, part in enumerate(self.parts_of(window.rank))
+        ]
+        by_step = np.stack(shuffled).reshape(len(shuffled), window.steps, self.batch_per_part).swapaxes(0, 1)
+        wanted = by_step[window.skip :].ravel()
         return groups[wanted], rows[wanted]
 
     def _row_order(self, piece: Piece) -> NDArray[np.int64]:
         return permutation(int(self.rows[piece.group]), self.seed, ROWS, piece.source, piece.group)
 
-    def _pieces(self, epoch: int, low: int, high: int) -> tuple[Piece, ...]:
+    def _pieces(self, epoch: int, low: int, high: int) -> list[Piece]:
         """Rows `low` ... `high` - 1 of an epoch's sequence: the carried ones, then its own."""
         carried = self.carried(epoch)
         pieces: list[Piece] = []
@@ -219,7 +249,7 @@ class Plan:
             pieces += self._slice(epoch - 1, offset + low, offset + min(high, carried))
         if high > carried:
             pieces += self._slice(epoch, max(low, carried) - carried, high - carried)
-        return tuple(pieces)
+        return pieces
 
     def _slice(self, epoch: int, low: int, high: int) -> list[Piece]:
         groups, ends = self._group_order(epoch)

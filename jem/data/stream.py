@@ -9,6 +9,7 @@ the start.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import asdict
@@ -16,7 +17,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ExecutionResources, TaskPoolStrategy
@@ -24,16 +24,19 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from jem.data.ahead import Ahead
 from jem.data.plan import Plan, Position, Window
-from jem.data.read import Arrays, Rows, as_batch, read_window
-from jem.errors import RunError
+from jem.data.read import Arrays, Rows, as_batch, read_window, tell
+from jem.errors import RetryError, RunError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import TypeAlias
 
+    import pyarrow as pa
+
     from jem.batch import Batch, Views
     from jem.config import AugmentConfig, StreamConfig
     from jem.data.index import Index
+    from jem.data.read import Told
 
     Execution: TypeAlias = Callable[[Sequence[Window]], ray.data.Dataset]
     MakeViews: TypeAlias = Callable[[Batch, Position], Views]
@@ -67,6 +70,7 @@ def ray_batches(
     *,
     decode_tasks: int,
     pin_memory: bool = False,
+    told: Told | None = None,
     deadline: float = DEADLINE,
 ) -> Iterator[Batch]:
     """One worker's batches from a position to the end of the epoch before `stop_epoch`, in the plan's order.
@@ -83,16 +87,19 @@ def ray_batches(
         stop_epoch: First epoch not wanted.
         decode_tasks: How many at a time, at most, for this worker.
         pin_memory: Put the batches into page-locked memory.
+        told: Gets the positions of images that cannot be had, others stand in for them; without it they end the stream.
         deadline: Seconds in which each batch must come, the first one included.
 
     Raises:
         RunError: An image cannot be decoded, a shard cannot be read, or no batch came before the deadline.
+        RetryError: Ray lost what was decoded, such as with a node.
     """
 
     def execution(windows: Sequence[Window]) -> ray.data.Dataset:
-        return _decoded(index, plan, stream, windows, decode_tasks)
+        return _decoded(index, plan, stream, windows, decode_tasks, replace=told is not None)
 
     for row in _rows(plan, rank, start, stop_epoch, execution, decode_tasks, stream, deadline):
+        tell(row, told)
         yield as_batch(row, pin_memory=pin_memory)
 
 
@@ -107,6 +114,7 @@ def views_batches(
     decode_tasks: int,
     augment: AugmentConfig,
     make: Callable[[], MakeViews],
+    told: Told | None = None,
     deadline: float = DEADLINE,
 ) -> Iterator[Views]:
     """Like `ray_batches`, but actors of Ray Data make the views too (`augment.placement: pool`).
@@ -116,7 +124,7 @@ def views_batches(
     """
 
     def execution(windows: Sequence[Window]) -> ray.data.Dataset:
-        return _decoded(index, plan, stream, windows, decode_tasks).map_batches(
+        return _decoded(index, plan, stream, windows, decode_tasks, replace=told is not None).map_batches(
             _ViewMaker,
             fn_constructor_args=(make,),
             batch_size=1,
@@ -130,6 +138,7 @@ def views_batches(
     from jem.batch import Views
 
     for row in _rows(plan, rank, start, stop_epoch, execution, decode_tasks, stream, deadline):
+        tell(row, told)
         kept = {name: torch.from_numpy(np.array(array)) for name, array in row.items()}
         numbers = range(sum(name.startswith("view_") for name in row))
         masks = [kept.get(f"mask_{number}") for number in numbers]
@@ -138,35 +147,40 @@ def views_batches(
         yield Views(views, kept["id"], kept["label"], masks if masked else None)
 
 
-def dataset(index: Index, canvas: int, pixel_limit: int, *, decode_cpus: float = 0.25) -> ray.data.Dataset:
+def dataset(
+    index: Index, canvas: int, pixel_limit: int, *, decode_cpus: float = 0.25, replace: bool = False
+) -> ray.data.Dataset:
     """All images once, in storage order, one per row: for evaluation and embedding.
 
     Columns are `image` uint8 (S, S, 3), `size` int32 (2,) height and width before squashing, `id` and `label` int64.
+    With `replace` others stand in for the images that cannot be had, whose positions are in the column `lost`.
     """
     per_block = max(1, CHUNK_BYTES // (canvas * canvas * 3))
 
     def decode(manifest: pa.Table) -> Iterator[Arrays]:
         for group in manifest.column("group").to_pylist():
             count = int(index.rows[group])
-            rows = Rows(index, np.full(count, group), np.arange(count))
+            rows = Rows(index, np.full(count, group), np.arange(count), replace=replace)
             for low in range(0, count, per_block):
                 yield rows.decode(low, low + per_block, canvas, pixel_limit)
 
     together = -(-len(index.rows) // (8 * SPAN))  # so that even a very large set has few thousand tasks
-    groups = np.arange(len(index.rows))
-    blocks = [pa.table({"group": groups[low : low + together]}) for low in range(0, len(groups), together)]
-    manifest = _manifest(blocks, CHUNK_BYTES)
+    groups = [{"group": group} for group in range(len(index.rows))]
+    manifest = _manifest(groups, -(-len(groups) // together), CHUNK_BYTES)
     return manifest.map_batches(decode, batch_format="pyarrow", batch_size=None, num_cpus=decode_cpus)
 
 
 # --- executions -------------------------------------------------------------------------------------------------------
 
 
-def _manifest(blocks: list[pa.Table], block_bytes: int) -> ray.data.Dataset:
-    """A data set with settings of its own, those of the process stay as they are; it makes blocks of `block_bytes`."""
+def _manifest(rows: list[dict[str, Any]], blocks: int, block_bytes: int) -> ray.data.Dataset:
+    """A data set with settings of its own, those of the process stay as they are; it makes blocks of `block_bytes`.
+
+    Not `from_arrow`: that asks tasks of a whole CPU each what is in the tables, and waits for ever where none is free.
+    """
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
-    manifest = ray.data.from_arrow(blocks)
+    manifest = ray.data.from_items(rows, override_num_blocks=blocks)
     context = manifest.context
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
@@ -176,27 +190,29 @@ def _manifest(blocks: list[pa.Table], block_bytes: int) -> ray.data.Dataset:
     return manifest
 
 
-def _decoded(index: Index, plan: Plan, stream: StreamConfig, windows: Sequence[Window], tasks: int) -> ray.data.Dataset:
+def _decoded(
+    index: Index, plan: Plan, stream: StreamConfig, windows: Sequence[Window], tasks: int, *, replace: bool
+) -> ray.data.Dataset:
     """One block of windows per task in, one row per batch out, each with its epoch and step."""
     canvas, pixel_limit = stream.canvas, stream.pixel_limit
     batch_bytes = plan.batch_per_worker * canvas * canvas * 3
     together = max(1, min(CHUNK_BYTES // batch_bytes, plan.window_steps()))
 
     def decode(manifest: pa.Table) -> Iterator[Arrays]:
-        for row in manifest.to_pylist():
-            window = Window.of(row)
+        for row in manifest.column("window").to_pylist():
+            window = Window.of(json.loads(row))
             step = window.step + window.skip
-            for arrays in read_window(index, plan, window, canvas, pixel_limit, together):
+            for arrays in read_window(index, plan, window, canvas, pixel_limit, together, replace=replace):
                 count = len(arrays["id"])
                 yield {**arrays, "epoch": np.full(count, window.epoch), "step": np.arange(step, step + count)}
                 step += count
 
-    rows = [asdict(window) for window in windows]
+    rows = [{"window": json.dumps(asdict(window))} for window in windows]
     images = min(TASK_IMAGES, TASK_BYTES * plan.total / index.bytes.sum())
     each = max(1, round(images / (plan.window_steps() * plan.batch_per_worker)))
-    blocks = [pa.Table.from_pylist(rows[low : low + each]) for low in range(0, len(rows), each)]
+    blocks = -(-len(rows) // each)
     # Ray joins what is not larger than this, and cuts what is half as large again: so it leaves ours as they are.
-    manifest = _manifest(blocks, together * batch_bytes)
+    manifest = _manifest(rows, blocks, together * batch_bytes)
     store = _cluster()[0].get("object_store_memory", 0.0) * STORE_SHARE / plan.world
     least, most = BLOCKS_AHEAD
     ahead = max(least, min(most, IMAGES_AHEAD // (together * plan.batch_per_worker)))
@@ -207,7 +223,7 @@ def _decoded(index: Index, plan: Plan, stream: StreamConfig, windows: Sequence[W
         batch_format="pyarrow",
         batch_size=None,
         num_cpus=stream.decode_cpus,
-        compute=TaskPoolStrategy(size=min(tasks, len(blocks))),
+        compute=TaskPoolStrategy(size=min(tasks, blocks)),
     )
 
 
@@ -250,7 +266,7 @@ class _ViewMaker:
         made = self._make(batch, Position(int(row["epoch"][0]), int(row["step"][0])))
         views = [view.float().permute(0, 2, 3, 1).cpu().contiguous().numpy() for view in made.views]
         masks = {f"mask_{n}": mask.cpu().numpy()[None] for n, (_, mask) in enumerate(made) if mask is not None}
-        kept = {name: row[name] for name in ("id", "label", "epoch", "step")}
+        kept = {name: row[name] for name in ("id", "label", "lost", "epoch", "step") if name in row}
         return {**{f"view_{number}": view[None] for number, view in enumerate(views)}, **masks, **kept}
 
 
@@ -346,10 +362,10 @@ def waited(deadline: float, stream: StreamConfig) -> str:
 
 
 def cause(error: BaseException) -> RunError:
-    """Our own error within Ray's, which names the image and the remedy; or else Ray's as one line."""
+    """Our own error within Ray's, which names the image and the remedy; or else Ray's in one line: a `RetryError`."""
     inner: BaseException | None = error
     while inner is not None:
         if type(inner) is RunError:  # Ray's copies of it are subclasses, whose text is a traceback
             return RunError(str(inner).splitlines()[0])  # and it adds lines of advice about its own settings
         inner = getattr(inner, "cause", None) or inner.__cause__
-    return RunError(f"decoding failed: {(str(error).strip() or repr(error)).splitlines()[-1][:300]}")
+    return RetryError(f"decoding failed: {(str(error).strip() or repr(error)).splitlines()[-1][:300]}")

@@ -79,17 +79,18 @@ def extract_all(
     actors: int = 1,
     *,
     gpu: bool = False,
+    replace: bool = False,
     deadline: float = DEADLINE,
 ) -> list[list[Features]]:
     """Encode several data sets with several encoders in one pass: each image is decoded once, the actors start once.
 
-    Arguments and errors as in `extract_features`.
+    Arguments and errors as in `extract_features`. With `replace` others stand in for the images that cannot be had.
 
     Returns:
         One list for each encoder, with the features of each data set.
     """
     images = [
-        dataset(index, stream.canvas, stream.pixel_limit, decode_cpus=stream.decode_cpus).map_batches(
+        dataset(index, stream.canvas, stream.pixel_limit, decode_cpus=stream.decode_cpus, replace=replace).map_batches(
             _Mark(number), batch_size=None, num_cpus=stream.decode_cpus
         )
         for number, index in enumerate(indexes)

@@ -193,11 +193,18 @@ class MetricLog:
     reported, or the steps between the last batch sent and the checkpoint are missing from the curve.
 
     While the store is away, points wait for it (the oldest are given up beyond 200,000).
+
+    Args:
+        uri: of the store.
+        run_id: of the run, which is there.
+        say: gets a line when the store is away, when it is back, and when points were lost.
     """
 
-    def __init__(self, uri: str, run_id: str) -> None:
+    def __init__(self, uri: str, run_id: str, say: Callable[[str], None] = _log.warning) -> None:
         self.lost = 0
         """Points that could not be logged, so far."""
+        self._say = say
+        self._away = self._hurry = False
         self._uri, self._run_id = uri, run_id
         self._pending: deque[_Point] = deque()
         self._sending = 0
@@ -219,19 +226,25 @@ class MetricLog:
             self._changed.notify_all()
 
     def flush(self, seconds: float = 30.0) -> bool:
-        """Wait until all that was logged is stored, at most `seconds`; whether it is."""
+        """Wait until all that was logged is stored, at most `seconds` and while the store answers; whether it is."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._pending and not self._sending, timeout=seconds)
+            self._changed.wait_for(lambda: self._stored() or self._away, timeout=seconds)
+            return self._stored()
 
     def close(self, seconds: float = 30.0) -> None:
-        """Flush and stop; points that are not stored by then are lost, and said to be."""
-        done = self.flush(seconds)
+        """Wait until all is stored, and stop; points that are not stored by then are lost, and said to be."""
         with self._changed:
+            self._hurry = True
+            self._changed.notify_all()
+            done = self._changed.wait_for(self._stored, timeout=seconds)
             self._closed = True
             self.lost += 0 if done else len(self._pending) + self._sending
             self._changed.notify_all()
         if self.lost:
-            _log.warning("tracking: %d metric points could not be logged to %s", self.lost, self._shown)
+            self._say(f"tracking: {self.lost} metric points could not be logged to {self._shown}")
+
+    def _stored(self) -> bool:
+        return not self._pending and not self._sending
 
     @property
     def _shown(self) -> str:
@@ -249,7 +262,9 @@ class MetricLog:
             except Exception as error:  # noqa: BLE001  (whatever it is, the points wait or are counted)
                 self._return(batch, error)
                 with self._changed:
-                    self._changed.wait_for(lambda: self._closed, timeout=pause)
+                    self._changed.wait_for(lambda: self._closed or self._hurry, timeout=pause)
+                    if self._hurry:  # the end is near: no long pauses any more
+                        self._changed.wait_for(lambda: self._closed, timeout=FIRST_PAUSE)
                 pause = min(LONGEST_PAUSE, 2 * pause)
             else:
                 pause = FIRST_PAUSE
@@ -285,6 +300,9 @@ class MetricLog:
     def _done(self) -> None:
         with self._changed:
             self._sending = 0
+            if self._away:
+                self._say(f"tracking: metrics reach {self._shown} again")
+            self._away = False
             self._changed.notify_all()
 
     def _return(self, batch: list[_Point], error: Exception) -> None:
@@ -295,9 +313,10 @@ class MetricLog:
                 self.lost += len(batch)
             else:
                 self._pending.extendleft(reversed(batch))
+                self._away = True
             if not self._warned:
                 self._warned = True
-                _log.warning("tracking: metrics do not reach %s, training goes on: %s", self._shown, _line(error))
+                self._say(f"tracking: metrics do not reach {self._shown}, training goes on: {_line(error)}")
             self._changed.notify_all()
 
 

@@ -18,7 +18,7 @@ class State:
     """All that a run needs to go on as if it had not stopped.
 
     The number of steps is also the stream's position, and the state of every generator: the stream, the augmentation
-    and the methods draw from generators seeded by (seed, epoch, step, rank).
+    and the methods draw from generators seeded by (seed, epoch, step, part or rank).
     """
 
     model: dict[str, Any]
@@ -26,8 +26,8 @@ class State:
     optimizer: dict[str, Any]
     step: int
     """Optimizer steps done, over all epochs."""
-    world: int
-    """Train workers, among which the epochs are divided."""
+    parts: int
+    """That each epoch is cut into, whatever the number of workers."""
 
 
 def save(state: State, folder: Path) -> None:

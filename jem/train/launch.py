@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,7 +17,14 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.exceptions import RayActorError, RayError
-from ray.train.v2.api.config import FailureConfig  # mypy takes ray.train's for that of Train V1
+from ray.train.v2.api.config import (  # mypy takes those of ray.train for Train V1's
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+)
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jem.augment.views import Augment, generator, prefetched
 from jem.batch import Batch, Views
@@ -26,22 +32,26 @@ from jem.config import AugmentConfig, PretrainConfig
 from jem.data.cache import Cache, cached_batches
 from jem.data.index import Index
 from jem.data.plan import Plan, Position
+from jem.data.read import Told
 from jem.data.stream import ray_batches, views_batches
 from jem.device import put, use_cpu
-from jem.errors import InputError, RunError
+from jem.errors import InputError, RetryError, RunError
 from jem.methods import build_method
 from jem.progress import Progress
-from jem.tracking.runs import MetricLog
 from jem.train import checkpoint
 from jem.train.checkpoint import State
+from jem.train.elastic import Divisors, ElasticTrainer
 from jem.train.loop import Phase, fit
+from jem.train.news import ANSWER_SECONDS, FLUSH_SECONDS, Announced, Losses, News, OnTerm
 from jem.train.online import OnlineKNN
-from jem.train.profile import TABLE, TRACE, Measured, Profile
+from jem.train.profile import Profile
 from jem.train.watch import Summary
 
 POLL_SECONDS = 0.5
-ANSWER_SECONDS = 30.0
-FLUSH_SECONDS = 10.0
+START_FAILURES = 10
+"""Starts of the workers that may fail where any number of them may die: each may take `cluster.start_timeout`."""
+CLOSE_SECONDS = 60.0
+"""Wait of a finished training for an MLflow that is away."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +72,17 @@ class Job:
     tracking_uri: str
     run_id: str
 
-    def plan(self) -> Plan:
-        """The order of the images."""
+    def plan(self, world: int | None = None) -> Plan:
+        """The order of the images, for so many workers; default: the most that the run may have."""
         config = self.config
         return Plan(
             self.index.rows,
             config.seed,
             config.train.batch_size,
-            config.cluster.workers,
+            world or config.cluster.workers,
             config.stream.window,
             config.stream.remainder,
+            config.parts,
         )
 
 
@@ -86,11 +97,18 @@ class Trained:
 
 
 class Mailbox:
-    """An actor that carries the workers' news to the driver, and the reason why a run must not be tried again."""
+    """An actor that carries the workers' news to the driver, and the reason why a run must not be tried again.
+
+    And the wish for a checkpoint before the number of workers changes, to rank 0, and its answer; and the images that
+    could not be read.
+    """
 
     def __init__(self) -> None:
         self._news: deque[tuple[str, Any]] = deque(maxlen=10_000)
         self._fatal: str | None = None
+        self._wishes, self._answered = 0, 0
+        self._lost: set[int] = set()
+        self._lost_shards: set[str] = set()
 
     def put(self, kind: str, value: Any) -> None:
         """Add one piece of news."""
@@ -109,6 +127,32 @@ class Mailbox:
         """Why no worker may begin again."""
         return self._fatal
 
+    def want(self, workers: int) -> int:
+        """Wish for a checkpoint, to go on with so many workers; returns the number of the wish."""
+        self.put("say", f"the cluster has room for {workers} workers: keeping a checkpoint, then going on with them")
+        self._wishes += 1
+        return self._wishes
+
+    def state(self) -> tuple[int, int]:
+        """The number of the latest wish, and of the images that were lost."""
+        return self._wishes, len(self._lost)
+
+    def answer(self, wish: int) -> None:
+        """A checkpoint is kept since that wish."""
+        self._answered = wish
+
+    def answered(self) -> int:
+        """The latest wish since which a checkpoint is kept."""
+        return self._answered
+
+    def lose(self, positions: list[int], shards: dict[str, str]) -> int:
+        """Note images that cannot be read, and why each shard's cannot; returns how many there are by now."""
+        for name in shards.keys() - self._lost_shards:
+            self._lost_shards.add(name)
+            self.put("say", f"warning: {shards[name]}; other images stand in for those that are lost")
+        self._lost.update(positions)
+        return len(self._lost)
+
 
 def train(job: Job, save: Callable[[str, bytes], None]) -> Trained:
     """Run the training on the Ray cluster that this process is connected to, or go on with it.
@@ -120,44 +164,63 @@ def train(job: Job, save: Callable[[str, bytes], None]) -> Trained:
         RunError: It could not finish; the message says why. The last checkpoint is kept.
     """
     config = job.config
-    mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
+    # with the driver, so that no other node takes it along
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(num_cpus=0)(Mailbox)
+    mailbox: Any = actor.options(scheduling_strategy=here).remote()
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.start_timeout)
-    trainer = ray.train.torch.TorchTrainer(
-        _worker,
-        train_loop_config={"job": job, "mailbox": mailbox},
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if job.gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.cluster.workers,
-            use_gpu=job.gpu,
-            resources_per_worker={"CPU": config.cluster.cpus_per_worker} | ({"GPU": 1} if job.gpu else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name=job.name,
-            storage_path=job.storage,
-            failure_config=FailureConfig(
-                max_failures=config.cluster.max_failures, controller_failure_limit=max(config.cluster.max_failures, 0)
-            ),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
-        ),
-    )
+    trainer = _trainer(job, mailbox)
     total = job.plan().total_steps(config.train.epochs) * config.train.batch_size
     try:
         with _telling(mailbox, Progress(f"pretrain {job.name}", total), save):
             result = _fit(trainer)
         failure = (result.return_value or {}).get("failure")
     except ray.train.TrainingFailedError as error:
-        failure = _fatal(mailbox) or _cause(error)
-        raise RunError(f"training stopped: {failure}. Mend the cause, then go on with --resume {job.name}") from error
+        raise _stopped(job, _fatal(mailbox) or _cause(error)) from error
     finally:
         ray.kill(mailbox)
     if failure or result.checkpoint is None:
-        raise RunError(f"training stopped: {failure or 'there is no checkpoint'}")
+        raise _stopped(job, failure or "there is no checkpoint")
     with result.checkpoint.as_directory() as folder:
         state = checkpoint.load(Path(folder))
     return Trained(state, dict(result.metrics or {}), result.checkpoint.path)
 
 
-def _fit(trainer: ray.train.torch.TorchTrainer) -> Any:
+def _stopped(job: Job, why: str) -> RunError:
+    return RunError(f"training stopped: {why}. Mend the cause, then go on with --resume {job.name}")
+
+
+def _trainer(job: Job, mailbox: Any) -> TorchTrainer:
+    config, cluster = job.config, job.config.cluster
+    scaling = ScalingConfig(
+        num_workers=cluster.workers if cluster.min_workers is None else (cluster.min_workers, cluster.workers),
+        use_gpu=job.gpu,
+        resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if job.gpu else {}),
+        elastic_resize_monitor_interval_s=cluster.resize_seconds,
+    )
+    arguments: dict[str, Any] = {
+        "train_loop_config": {"job": job, "mailbox": mailbox},
+        "torch_config": ray.train.torch.TorchConfig(backend="nccl" if job.gpu else "gloo"),
+        "scaling_config": scaling,
+        "run_config": RunConfig(
+            name=job.name,
+            storage_path=job.storage,
+            failure_config=FailureConfig(
+                max_failures=cluster.max_failures,
+                controller_failure_limit=START_FAILURES if cluster.max_failures < 0 else cluster.max_failures,
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
+            callbacks=[OnTerm()],  # type: ignore[list-item]
+        ),
+    }
+    if cluster.min_workers is None:
+        return TorchTrainer(_worker, **arguments)
+    beside = config.stream.decode_cpus + config.augment.cpus_beside
+    policy = Divisors(scaling, config.worlds, beside, cluster.start_timeout, mailbox)
+    return ElasticTrainer(_worker, policy=policy, **arguments)
+
+
+def _fit(trainer: TorchTrainer) -> Any:
     """`trainer.fit()` in a thread: in the main one it takes SIGINT for itself, and ends the process with status 0."""
     outcome: list[Any] = []
     failure: list[BaseException] = []
@@ -234,64 +297,6 @@ def _telling(mailbox: Any, progress: Progress, save: Callable[[str, bytes], None
         done.set()
 
 
-class _News:
-    """What rank 0 tells: metrics to MLflow, progress and words to the driver. The other ranks are silent."""
-
-    def __init__(self, job: Job, mailbox: Any) -> None:
-        self._mailbox = mailbox
-        self._mine = ray.train.get_context().get_world_rank() == 0
-        self._log = MetricLog(job.tracking_uri, job.run_id) if self._mine else None
-
-    def metrics(self, values: dict[str, float], step: int) -> None:
-        if self._log is not None:
-            self._log.log(values, step)
-
-    def progress(self, images: int, info: dict[str, float]) -> None:
-        if self._mine:
-            shown = {key: f"{value:.0%}" if key == "waiting" else f"{value:.4g}" for key, value in info.items()}
-            self._mailbox.put.remote("progress", (images, shown))
-
-    def say(self, message: str) -> None:
-        if self._mine:
-            self._mailbox.put.remote("say", message)
-
-    def profile(self, measured: Measured, trace: Path) -> None:
-        """Where a step's time goes; the files are the driver's to save."""
-        table = measured.table()
-        for name, content in ((TABLE, f"{table}\n".encode()), (TRACE, trace.read_bytes())):
-            # waited for, so that they are there before the run is over
-            ray.get(self._mailbox.put.remote("file", (name, content)), timeout=ANSWER_SECONDS)
-        self.say(f"where a step's time goes:\n{table}")
-
-    def at(self, step: int, images: int) -> None:
-        """The run goes on from a checkpoint."""
-        if self._mine:
-            self._mailbox.put.remote("at", images)
-            self.say(f"going on from step {step}")
-
-    def keep(self, state: State | None, step: int, summary: Summary) -> None:
-        """Hand a checkpoint to Ray Train, which uploads it in the background. All ranks call it."""
-        name = f"step-{step:08d}"
-        if state is None:
-            ray.train.report(summary, checkpoint=None, checkpoint_dir_name=name)
-            return
-        if self._log is not None:
-            # What comes before the checkpoint is not repeated by a run that goes on from it.
-            self._log.flush(FLUSH_SECONDS)
-        folder = Path(tempfile.mkdtemp(prefix="jem-checkpoint-"))
-        checkpoint.save(state, folder)
-        ray.train.report(
-            summary,
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=name,
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-        )
-
-    def close(self) -> None:
-        if self._log is not None:
-            self._log.close(FLUSH_SECONDS)
-
-
 def _worker(arguments: dict[str, Any]) -> Any:
     """One train worker, from its start (or start again) to the end of the run; returns {"failure": why}, or {}."""
     job: Job = arguments["job"]
@@ -299,19 +304,24 @@ def _worker(arguments: dict[str, Any]) -> Any:
     failure = _fatal(mailbox)
     if failure:
         return {"failure": failure}
-    news = _News(job, mailbox)
+    news = News(job, mailbox)
+    patience = FLUSH_SECONDS
     try:
-        _train(job, news)
+        _train(job, news, Announced(news, mailbox), Losses(job, mailbox) if job.config.stream.max_lost else None)
+        patience = CLOSE_SECONDS
+    except RetryError:
+        raise
     except (InputError, RunError) as error:
         ray.get(mailbox.give_up.remote(str(error)), timeout=ANSWER_SECONDS)
         raise
     finally:
-        news.close()
+        news.close(patience)
     return {}
 
 
-def _train(job: Job, news: _News) -> None:
+def _train(job: Job, news: News, notice: Announced, told: Told | None) -> None:
     config, context = job.config, ray.train.get_context()
+    world, rank = context.get_world_size(), context.get_world_rank()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -320,29 +330,46 @@ def _train(job: Job, news: _News) -> None:
     method = build_method(config.method, config.backbone, job.classes, len(job.index))
     state = _restore(job)
     if state is not None:
-        news.at(state.step, state.step * config.train.batch_size)
+        news.at(state.step, state.step * config.train.batch_size, world)
     labelled = job.index.label_column is not None
     judge = OnlineKNN(config, job.index, job.test, device) if labelled and config.evaluation.online else None
 
     profile = None
-    if config.profile and context.get_world_rank() == 0:
+    if config.profile and rank == 0:
         profile = Profile(device, news.profile, pooled=config.augment.placement == "pool")
     phase = contextlib.nullcontext if profile is None else profile.phase
 
+    plan = job.plan(world)
+
     def source(start: Position) -> Iterator[Views]:
-        return _views(job, context.get_world_rank(), start, device, phase)
+        return _views(job, plan, rank, start, device, phase, told)
 
-    plan = job.plan()
-    fit(config, method, source, plan, news, news.keep, device=device, state=state, judge=judge, profile=profile)
+    fit(
+        config,
+        method,
+        source,
+        plan,
+        news,
+        news.keep,
+        device=device,
+        state=state,
+        judge=judge,
+        profile=profile,
+        notice=notice,
+    )
 
 
-def _views(job: Job, rank: int, start: Position, device: torch.device, phase: Phase) -> Iterator[Views]:
+def _views(
+    job: Job, plan: Plan, rank: int, start: Position, device: torch.device, phase: Phase, told: Told | None
+) -> Iterator[Views]:
     """This worker's views from `start` to the end of the run."""
-    config, plan = job.config, job.plan()
+    config = job.config
     mine = (job.index, plan, config.stream, rank, start, config.train.epochs)
+    parts = plan.parts_of(rank)
     if config.augment.placement == "pool":
-        make = partial(_PoolAugment, config.augment, config.seed, rank)
-        for views in views_batches(*mine, decode_tasks=job.decode_tasks, augment=config.augment, make=make):
+        make = partial(_PoolAugment, config.augment, config.seed, parts)
+        tasks = job.decode_tasks
+        for views in views_batches(*mine, decode_tasks=tasks, augment=config.augment, make=make, told=told):
             with phase("copy"):
                 moved = Views(
                     [put(view, device) for view in views.views],
@@ -356,9 +383,9 @@ def _views(job: Job, rank: int, start: Position, device: torch.device, phase: Ph
     if job.cache is not None:
         batches = cached_batches(*mine, cache=job.cache, pin_memory=pin)
     else:
-        batches = ray_batches(*mine, decode_tasks=job.decode_tasks, pin_memory=pin)
+        batches = ray_batches(*mine, decode_tasks=job.decode_tasks, pin_memory=pin, told=told)
     positions = plan.positions(start, config.train.epochs)
-    generators = (generator(config.seed, *position, rank) for position in positions)
+    generators = ([generator(config.seed, *position, part) for part in parts] for position in positions)
     # what autocast would make of them in the first layer; half of the memory to write and to read
     dtype = torch.bfloat16 if device.type == "cuda" and config.train.precision == "bf16" else torch.float32
     for _, views in prefetched(batches, generators, Augment(config.augment), device, dtype, phase):
@@ -368,28 +395,29 @@ def _views(job: Job, rank: int, start: Position, device: torch.device, phase: Ph
 class _PoolAugment:
     """Makes the views in an actor of the pool, with the parameters that the training device would have drawn."""
 
-    def __init__(self, config: AugmentConfig, seed: int, rank: int) -> None:
-        self._augment, self._seed, self._rank = Augment(config), seed, rank
+    def __init__(self, config: AugmentConfig, seed: int, parts: range) -> None:
+        self._augment, self._seed, self._parts = Augment(config), seed, parts
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, batch: Batch, position: Position) -> Views:
         moved = Batch(batch.image.to(self._device), batch.size, batch.id, batch.label)
-        return self._augment(moved, generator(self._seed, *position, self._rank))
+        return self._augment(moved, [generator(self._seed, *position, part) for part in self._parts])
 
 
 def _restore(job: Job) -> State | None:
     """The state of the run's last checkpoint.
 
     Raises:
-        InputError: It was made by another number of workers, among which the epoch was divided otherwise.
+        InputError: It is of epochs that were cut into another number of parts.
     """
     kept = ray.train.get_checkpoint()
     if kept is None:
         return None
     with kept.as_directory() as folder:
         state = checkpoint.load(Path(folder))
-    if state.world != job.config.cluster.workers:
+    if state.parts != job.config.parts:
         raise InputError(
-            f"the checkpoint is of {state.world} workers, not {job.config.cluster.workers}: go on with as many"
+            f"the checkpoint is of epochs in {state.parts} parts, not {job.config.parts}: go on with "
+            f"--train.parts {state.parts}"
         )
     return state

@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jem import distributed
@@ -28,6 +28,16 @@ Source = Callable[[Position], Iterator[Views]]
 """Gives the views of this worker's batches from a position on, to the end of the run."""
 Phase = Callable[[str], contextlib.AbstractContextManager[object]]
 """Makes what a part of a step is run in, by the names of `jem.train.profile.PHASES`."""
+
+
+class Notice(Protocol):
+    """Asks for a checkpoint at once."""
+
+    def given(self) -> bool:
+        """Whether one is wanted. Each rank is asked when it tells its metrics; one that wants it is enough."""
+
+    def keep(self, state: State | None, step: int, summary: Summary) -> None:
+        """As a `Keeper`, but returns when the state is safe."""
 
 
 class Keeper(Protocol):
@@ -49,12 +59,14 @@ def fit(
     state: State | None = None,
     judge: Callable[[Method], dict[str, float]] | None = None,
     profile: Profile | None = None,
+    notice: Notice | None = None,
 ) -> None:
     """Train `method` in place, from the beginning or from `state`, to the last epoch.
 
     Every rank calls it with its own `source`; on several ranks torch.distributed is initialised. `judge` (such as an
     online kNN) is called on all ranks together at the end of an epoch, every `evaluation.online.every` epochs. A
-    `profile` measures some of this rank's steps, and changes nothing.
+    `profile` measures some of this rank's steps, and changes nothing. A `notice`, on all ranks or none, may ask for a
+    checkpoint in between.
 
     Raises:
         RunError: A term of the loss is not finite.
@@ -74,7 +86,8 @@ def fit(
 
     # a CPU has done a step when it returns
     late = device.type == "cuda"
-    watch = Watch(train, reporter, first, scaled=method.config.traits.scaled, late=late)
+    given = None if notice is None else notice.given
+    watch = Watch(train, reporter, first, scaled=method.config.traits.scaled, late=late, given=given)
     following = source(plan.position(first))
     phase = contextlib.nullcontext if profile is None else profile.phase
     for step in range(first, total) if profile is None else profile.steps(range(first, total)):
@@ -87,7 +100,7 @@ def fit(
         # Whatever a method draws belongs to this step alone, so that a resumed run draws the same.
         torch.manual_seed(_seed(config.seed, epoch, within, distributed.rank()))
         progress = Progress(step, total, epoch, within == 0, config.seed)
-        output = _step(wrapped, method, optimizer, views, config, device, progress, phase)
+        output = _step(wrapped, method, optimizer, views, plan, config, device, progress, phase)
         done = step + 1
         method.after_step(replace(progress, step=done))
 
@@ -98,10 +111,12 @@ def fit(
                 judged = judge(method) if judge and _judged(config, epoch) else {}
             watch.epoch(epoch, train.epochs, done, judged)
         due = last if train.checkpoint_every is None else done % train.checkpoint_every == 0
-        if due or done == total:
+        noticed = watch.noticed()
+        if due or noticed or done == total:
             watch.check(lr)
             with phase("keep"):
-                keep(_state(method, optimizer, done) if mine else None, done, watch.summary())
+                put = notice.keep if notice is not None and noticed else keep
+                put(_state(method, optimizer, done, plan.parts) if mine else None, done, watch.summary())
 
 
 def _prepare(method: Method, config: PretrainConfig, device: torch.device) -> nn.Module:
@@ -133,6 +148,7 @@ def _step(
     method: Method,
     optimizer: torch.optim.Optimizer,
     views: Views,
+    plan: Plan,
     config: PretrainConfig,
     device: torch.device,
     progress: Progress,
@@ -143,7 +159,7 @@ def _step(
     method.train()
     method.before_step(progress)
     output: StepOutput
-    for index, part in enumerate(_split(views, train.accumulate), start=1):
+    for index, part in enumerate(_split(views, train.accumulate, plan.parts // plan.world), start=1):
         sums = index < train.accumulate and isinstance(wrapped, DistributedDataParallel)
         with cast("DistributedDataParallel", wrapped).no_sync() if sums else contextlib.nullcontext():
             with phase("forward"), torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
@@ -168,30 +184,36 @@ def _seed(*coordinates: int) -> int:
     return int(np.random.SeedSequence(coordinates).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _split(views: Views, parts: int) -> Iterator[Views]:
-    if parts == 1:
+def _split(views: Views, passes: int, parts: int) -> Iterator[Views]:
+    """What each forward pass gets: its share of each of this worker's parts, so that it is the same on any number."""
+    if passes == 1:
         yield views
         return
-    ids, labels = views.id.chunk(parts), views.label.chunk(parts)
-    images = [view.chunk(parts) for view in views.views]
-    masks = [None if mask is None else mask.chunk(parts) for _, mask in views]
-    for part in range(parts):
+
+    def split(whole: Tensor) -> list[Tensor]:
+        shares = [part.chunk(passes) for part in whole.chunk(parts)]
+        return [torch.cat(share) if parts > 1 else share[0] for share in zip(*shares, strict=True)]
+
+    ids, labels = split(views.id), split(views.label)
+    images = [split(view) for view in views.views]
+    masks = [None if mask is None else split(mask) for _, mask in views]
+    for number in range(passes):
         yield Views(
-            [each[part] for each in images],
-            ids[part],
-            labels[part],
-            [None if each is None else each[part] for each in masks],
+            [each[number] for each in images],
+            ids[number],
+            labels[number],
+            [None if each is None else each[number] for each in masks],
         )
 
 
-def _state(method: Method, optimizer: torch.optim.Optimizer, step: int) -> State:
+def _state(method: Method, optimizer: torch.optim.Optimizer, step: int, parts: int) -> State:
     """A copy on the CPU, which the next step does not change."""
 
     def copy(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             return value.detach().to("cpu", copy=True)
         if isinstance(value, dict):
             return {key: copy(item) for key, item in value.items()}
         return [copy(item) for item in value] if isinstance(value, list) else value
 
-    return State(copy(dict(method.state_dict())), copy(optimizer.state_dict()), step, distributed.world())
+    return State(copy(dict(method.state_dict())), copy(optimizer.state_dict()), step, parts)

@@ -40,7 +40,7 @@ class Sample:
         positions = np.linspace(0, len(index) - 1, rows).astype(np.int64)
         world = distributed.world()
         mine = np.resize(positions, -(-rows // world) * world)[distributed.rank() :: world]
-        batch = read_rows(index, mine, config.stream.canvas, config.stream.pixel_limit)
+        batch = read_rows(index, mine, config.stream.canvas, config.stream.pixel_limit, replace=True)
         return cls(Batch(batch.image.to(device), batch.size, batch.id, batch.label.to(device)), rows)
 
     @torch.no_grad()

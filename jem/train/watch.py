@@ -51,9 +51,19 @@ class Watch:
         step: steps done so far.
         scaled: whether the loss holds the embedding to a scale, so that a small one is a collapse.
         late: whether to tell one step later.
+        given: whether this worker wants a checkpoint at once; asked when it tells.
     """
 
-    def __init__(self, config: TrainConfig, reporter: Reporter, step: int, *, scaled: bool, late: bool = False) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        reporter: Reporter,
+        step: int,
+        *,
+        scaled: bool,
+        late: bool = False,
+        given: Callable[[], bool] | None = None,
+    ) -> None:
         self._config, self._reporter, self._scaled, self._late = config, reporter, scaled, late
         self._unread: list[Callable[[], None]] = []
         self._computed: torch.cuda.Event | None = None
@@ -63,6 +73,7 @@ class Watch:
         self._first_bad: Tensor | None = None
         self._names: list[str] = []
         self._hinted = False
+        self._given, self._noticed = given, False
         self.health: Health | None = None
         self.verdict: Verdict | None = None
         self.last: dict[str, float] = {}
@@ -86,7 +97,10 @@ class Watch:
         due = step % self._config.log_every == 0
         sick = step % self._config.health_every == 0
         if due or sick or last:
-            self._unread.append(partial(self._refuse, distributed.gather(first_bad), rates["lr"]))
+            given = torch.full_like(first_bad[:, :1], self._given is not None and self._given())
+            flags = distributed.gather(torch.cat([first_bad, given], dim=1))
+            self._unread.append(partial(self._refuse, flags[:, :-1], rates["lr"]))
+            self._unread.append(partial(self._heed, flags[:, -1]))
         if due:
             self._unread.append(partial(self._tell, distributed.all_reduce_mean(self._values), rates, step))
         if sick or last:
@@ -131,6 +145,14 @@ class Watch:
         self._catch_up()
         if self._first_bad is not None:
             self._refuse(distributed.gather(self._first_bad), lr)
+
+    def noticed(self) -> bool:
+        """Whether any worker wanted a checkpoint at once since this was asked last; the same on all."""
+        noticed, self._noticed = self._noticed, False
+        return noticed
+
+    def _heed(self, given: Tensor) -> None:
+        self._noticed |= bool(given.any())
 
     def _refuse(self, first_bad: Tensor, lr: float) -> None:
         """`first_bad`: (workers, terms), each worker's first step whose term was not finite, or -1."""

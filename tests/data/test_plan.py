@@ -37,23 +37,41 @@ def epoch_ids(plan: Plan, epoch: int) -> np.ndarray:
 def plans(draw: st.DrawFn) -> Plan:
     rows = draw(st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(sum))
     world = draw(st.integers(1, 4))
-    if sum(rows) < world:
-        rows = [*rows, world]
-    per_worker = draw(st.integers(1, sum(rows) // world))
+    parts = world * draw(st.integers(1, 3))
+    if sum(rows) < parts:
+        rows = [*rows, parts]
+    per_part = draw(st.integers(1, sum(rows) // parts))
     return Plan(
         rows,
         seed=draw(st.integers(0, 2**40)),
-        batch_size=world * per_worker,
+        batch_size=parts * per_part,
         world=world,
         window=draw(st.integers(1, 5)),
         remainder=draw(st.sampled_from(["drop", "carry"])),
+        parts=parts,
     )
+
+
+def on(plan: Plan, world: int, remainder: str | None = None) -> Plan:
+    """The same plan for another number of workers."""
+    kept = remainder or plan.remainder
+    return Plan(plan.rows, plan.seed, plan.batch_size, world, plan.window, kept, plan.parts)  # type: ignore[arg-type]
+
+
+def global_batches(plan: Plan, start: Position, stop_epoch: int) -> list[np.ndarray]:
+    """Ids of each step's batch, of all workers in the order of their ranks."""
+    each = [batches(plan, rank, start, stop_epoch) for rank in range(plan.world)]
+    return [np.concatenate(shares) for shares in zip(*each, strict=True)]
+
+
+def worlds(plan: Plan) -> list[int]:
+    return [world for world in range(1, plan.parts + 1) if plan.parts % world == 0]
 
 
 @given(plans())
 def test_an_epoch_has_each_image_once_over_all_workers(plan: Plan) -> None:
     if plan.remainder == "carry":
-        plan = Plan(plan.rows, plan.seed, plan.batch_size, plan.world, plan.window, "drop")
+        plan = on(plan, plan.world, "drop")
     for epoch in range(3):
         ids = epoch_ids(plan, epoch)
         assert len(np.unique(ids)) == len(ids) == plan.total - plan.dropped(epoch)
@@ -64,7 +82,7 @@ def test_an_epoch_has_each_image_once_over_all_workers(plan: Plan) -> None:
 
 @given(plans())
 def test_carrying_loses_no_image_and_repeats_none(plan: Plan) -> None:
-    plan = Plan(plan.rows, plan.seed, plan.batch_size, plan.world, plan.window, "carry")
+    plan = on(plan, plan.world, "carry")
     seen = np.zeros(plan.total, int)
     for epoch in range(4):
         seen += np.bincount(epoch_ids(plan, epoch), minlength=plan.total)
@@ -73,6 +91,36 @@ def test_carrying_loses_no_image_and_repeats_none(plan: Plan) -> None:
         assert set(np.unique(seen)) <= {epoch, epoch + 1}, "each image once per epoch, or not yet in this one"
         assert (seen == epoch).sum() == left, "what is missing is what the next epoch begins with"
         assert plan.dropped(epoch) == 0
+
+
+@given(plans())
+def test_each_global_batch_is_the_same_in_the_same_order_on_any_number_of_workers(plan: Plan) -> None:
+    whole = global_batches(on(plan, plan.parts), Position(0, 0), 2)
+    for world in worlds(plan)[:-1]:
+        found = global_batches(on(plan, world), Position(0, 0), 2)
+        assert len(found) == len(whole)
+        for ids, expected in zip(found, whole, strict=True):
+            np.testing.assert_array_equal(ids, expected)
+
+
+@given(plans(), st.data())
+def test_a_run_resized_at_any_steps_sees_each_image_once_per_epoch(plan: Plan, data: st.DataObject) -> None:
+    epochs = 2
+    total = plan.total_steps(epochs)
+    cuts = sorted(data.draw(st.lists(st.integers(0, total), max_size=4)))
+    seen: list[np.ndarray] = []
+    for low, high in zip([0, *cuts], [*cuts, total], strict=True):
+        now = on(plan, data.draw(st.sampled_from(worlds(plan))))
+        seen += global_batches(now, now.position(low), epochs)[: high - low]
+    assert len(seen) == total
+    if plan.remainder == "drop":
+        for epoch in range(epochs):
+            ids = np.concatenate(seen[plan.total_steps(epoch) : plan.total_steps(epoch + 1)])
+            assert len(np.unique(ids)) == len(ids) == plan.total - plan.dropped(epoch)
+    else:
+        counts = np.bincount(np.concatenate(seen), minlength=plan.total)
+        assert set(counts) <= {epochs - 1, epochs}
+        assert (counts < epochs).sum() == epochs * plan.total % plan.batch_size
 
 
 def test_a_remainder_is_dropped_or_carried_and_counted() -> None:
@@ -203,6 +251,8 @@ def test_a_window_survives_the_way_to_a_task() -> None:
     ("change", "words"),
     [
         ({"batch_size": 10, "world": 3}, "does not divide among 3 workers"),
+        ({"batch_size": 10, "parts": 4}, "does not divide among 4 parts"),
+        ({"world": 2, "parts": 3}, "3 parts of an epoch do not divide among 2 workers"),
         ({"batch_size": 22}, "20 images do not fill one global batch of 22"),
         ({"batch_size": 0}, "must be positive"),
         ({"window": 0}, "must be positive"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+from jem.batch import Batch
 from jem.config import StreamConfig
 from jem.data.decode import decode_canvas
 from jem.data.index import Index, open_index
 from jem.data.plan import Plan, Position
-from jem.data.read import as_batch, local_batches, read_rows, read_window
+from jem.data.read import Rows, as_batch, local_batches, read_rows, read_window, why_lost
 from jem.errors import RunError
 
 LIMIT = 10**6
@@ -199,6 +201,80 @@ def test_a_shard_that_was_replaced_by_a_shorter_one_is_named(numbered: Index) ->
     for row in (210, 299):
         with pytest.raises(RunError, match=r"cannot read .*2\.parquet"):
             read_rows(numbered, [0, row], 8, LIMIT)
+
+
+def truncate(path: str) -> None:
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize("harm", [truncate, lambda path: Path(path).unlink()], ids=["truncated", "gone"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_others_stand_in_for_a_lost_shard_and_all_else_is_as_it_was(
+    numbered: Index, harm: Callable[[str], None], world: int
+) -> None:
+    plan = Plan(numbered.rows, seed=0, batch_size=20, world=world, parts=2)
+    stream = StreamConfig(canvas=8)
+
+    def seen(counted: Callable[[np.ndarray], None] | None) -> list[Batch]:
+        return [
+            batch
+            for rank in range(world)
+            for batch in local_batches(numbered, plan, stream, rank, Position(0, 0), 1, counted)
+        ]
+
+    lost: list[int] = []
+    whole = seen(lambda positions: lost.extend(positions.tolist()))
+    assert lost == []
+    harm(numbered.files[1])
+    found = seen(lambda positions: lost.extend(positions.tolist()))
+    assert sorted(lost) == list(range(100, 200)), "each once"
+    again: list[int] = []
+    for batch, same in zip(found, seen(lambda positions: again.extend(positions.tolist())), strict=True):
+        assert torch.equal(batch.id, same.id)
+        assert torch.equal(batch.image, same.image)
+    assert again == lost
+    ids, were = torch.cat([batch.id for batch in found]), torch.cat([batch.id for batch in whole])
+    kept = (were < 100) | (were >= 200)
+    assert torch.equal(ids[kept], were[kept])
+    assert ((ids < 100) | (ids >= 200)).all()
+    assert len(ids[~kept].unique()) > 50, "many, not one again and again"
+    for batch in found:
+        torch.testing.assert_close(told(batch.image), batch.id)
+        torch.testing.assert_close(batch.label, batch.id % 10)
+    with pytest.raises(RunError, match=r"cannot read .*1\.parquet"):
+        seen(None)
+    assert "1.parquet" in why_lost(numbered, 150, 8, LIMIT)
+
+
+def test_what_stands_in_for_a_lost_image_depends_on_nothing_else(numbered: Index) -> None:
+    truncate(numbered.files[1])
+    stands_in = {}
+    for wanted in ([150, 3, 151], [299, 151], [150]):
+        batch = read_rows(numbered, wanted, 8, LIMIT, replace=True)
+        for position, number in zip(wanted, batch.id.tolist(), strict=True):
+            assert stands_in.setdefault(position, number) == number
+    assert stands_in[3] == 3
+    assert stands_in[150] != stands_in[151]
+
+
+def test_another_stands_in_for_one_image_that_cannot_be_decoded(tmp_path: Path) -> None:
+    images = [{"bytes": picture(number), "path": ""} for number in range(9)]
+    images[7]["bytes"] = b"text"
+    pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet", row_group_size=9)
+    index = open_index(str(tmp_path))
+    arrays = Rows(index, np.zeros(9, int), np.arange(9), replace=True).decode(0, 9, 8, LIMIT)
+    assert arrays["lost"].tolist() == [-1] * 7 + [7, -1]
+    assert arrays["id"].tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 8]
+    with pytest.raises(RunError, match="row 7 of row group 0"):
+        read_rows(index, [7], 8, LIMIT)
+
+
+def test_where_nothing_can_stand_in_it_ends_with_a_reason(numbered: Index) -> None:
+    for file in numbered.files:
+        truncate(file)
+    with pytest.raises(RunError, match=r"cannot read .*0\.parquet, nor 16 others"):
+        read_rows(numbered, [0], 8, LIMIT, replace=True)
 
 
 @pytest.mark.parametrize(("together", "counts"), [(1, [1, 1]), (2, [2]), (9, [2])])

@@ -152,9 +152,9 @@ def test_the_next_execution_begins_before_the_last_one_ends(numbered: Index, mon
     begun: list[int] = []
     real = stream_module._decoded
 
-    def counted(*args: object) -> object:
+    def counted(*args: object, **options: object) -> object:
         begun.append(taken)
-        return real(*args)  # type: ignore[arg-type]
+        return real(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(stream_module, "_decoded", counted)
     plan = Plan(numbered.rows, seed=0, batch_size=20, world=1, window=1)
@@ -212,6 +212,27 @@ def test_without_a_free_cpu_it_ends_with_a_reason_instead_of_hanging(numbered: I
     greedy = StreamConfig(canvas=8, decode_cpus=400)
     with pytest.raises(RunError, match=r"no batch came for 3 s: one decode task asks for 400 CPUs, the cluster has 4"):
         next(ray_batches(numbered, plan, greedy, 0, START, 1, decode_tasks=1, deadline=3))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_it_goes_on_where_no_whole_cpu_is_free(numbered: Index) -> None:
+    import ray
+
+    @ray.remote
+    class Held:
+        def ready(self) -> None:
+            pass
+
+    held = Held.options(num_cpus=ray.available_resources()["CPU"] - 0.5).remote()
+    ray.get(held.ready.remote())
+    plan = Plan(numbered.rows, seed=0, batch_size=20, world=1)
+    try:
+        batches = list(ray_batches(numbered, plan, SMALL, 0, START, 1, decode_tasks=1, deadline=60))
+        rows = dataset(numbered, 8, 10**6).count()
+    finally:
+        ray.kill(held)
+    assert len(batches) == plan.steps(0)
+    assert rows == len(numbered)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import jem
 from jem.config import PretrainConfig
 from jem.data.index import open_index
 from jem.data.read import read_rows
-from jem.errors import InputError
+from jem.errors import InputError, RunError
 from jem.train import checkpoint
 from pipelines.pretrain import PretrainResult, pretrain
 from pipelines.settings import dump_config
@@ -162,6 +163,69 @@ def test_a_killed_worker_costs_steps_and_nothing_else(undisturbed, digits_datase
     thread.join(1)
     assert killed, "nothing was killed, so nothing was shown"
     _is_as_undisturbed(result, undisturbed, storage)
+
+
+@pytest.fixture
+def own_copy(digits_dataset, tmp_path) -> Path:
+    """The training set, to be harmed."""
+    return Path(shutil.copytree(digits_dataset, tmp_path / "data"))
+
+
+def cut_in_half(data: Path) -> None:
+    """The first of two shards, with the first images."""
+    shard = min(data.glob("*.parquet"))
+    os.truncate(shard, shard.stat().st_size // 2)
+
+
+def test_images_that_are_lost_while_training_are_replaced_counted_and_said(
+    ray_cluster, own_copy, digits_test, storage, capsys
+):
+    values = config_of(own_copy, digits_test, storage, "truncated").model_dump()
+    values |= {"limit": 900}  # of which the second shard has 181
+    values["stream"] |= {"max_lost": 0.9}
+    values["train"] |= {"epochs": 2, "keep_checkpoints": 2}
+    values["evaluation"] |= {"probe": None}
+    thread = when((storage / "truncated" / "step-00000002" / checkpoint.FILE).exists, lambda: cut_in_half(own_copy))
+    result = pretrain(PretrainConfig.model_validate(values))
+    thread.join(1)
+    shard = min(own_copy.glob("*.parquet"))
+    assert capsys.readouterr().err.count(f"warning: cannot read {shard}") == 1, "once, with its name"
+    lost = [value for _, value in curve(result.run_id, "stream/lost")]
+    assert lost == sorted(lost)
+    assert 0 < lost[-1] <= 719
+    assert [step for step, _ in curve(result.run_id, "train/loss")] == list(range(1, 2 * (900 // 64) + 1))
+
+
+def test_a_lost_image_too_many_stops_the_run_with_the_reason(ray_cluster, own_copy, digits_test, storage):
+    values = config_of(own_copy, digits_test, storage, "over").model_dump()
+    values["stream"] |= {"max_lost": 0.1}
+    thread = when((storage / "over" / "run.json").exists, lambda: cut_in_half(own_copy))
+    reason = r"training stopped: \d+ of 200 images are lost, more than stream\.max_lost 0\.1 allows: cannot read .*"
+    with pytest.raises(RunError, match=reason + "Mend the cause, then go on with --resume over"):
+        pretrain(PretrainConfig.model_validate(values))
+    thread.join(1)
+    assert json.loads((storage / "over" / "run.json").read_text())["status"] == "failed"
+
+
+def test_a_storage_that_cannot_be_written_stops_the_run_which_goes_on_with_fewer_workers(
+    ray_cluster, digits_dataset, digits_test, storage
+):
+    values = config_of(digits_dataset, digits_test, storage, "resized").model_dump()
+    values["evaluation"] |= {"probe": None}
+    in_the_way = storage / "resized" / "step-00000006"
+    thread = when((storage / "resized" / "run.json").exists, lambda: in_the_way.write_text(""))
+    with pytest.raises(RunError, match=r"training stopped: step-00000006 cannot be written to .*runs"):
+        pretrain(PretrainConfig.model_validate(values))
+    thread.join(1)
+    in_the_way.unlink()
+    assert (storage / "resized" / "step-00000004" / checkpoint.FILE).exists()
+    resume = {"resume": "resized", "storage": str(storage)}
+    with pytest.raises(InputError, match=r"run resized cannot go on so: train\.parts 2 must be a multiple of .* 3"):
+        pretrain(PretrainConfig.model_validate(resume | {"cluster": {"workers": 3}}))
+    result = pretrain(PretrainConfig.model_validate(resume | {"cluster": {"workers": 1}}))
+    assert [step for step, _ in curve(result.run_id, "train/loss")] == list(range(1, STEPS + 1))
+    state = checkpoint.load(storage / "resized" / f"step-{STEPS:08d}")
+    assert (state.step, state.parts) == (STEPS, 2)
 
 
 def test_a_killed_driver_is_resumed_by_name(undisturbed, digits_dataset, digits_test, storage, tmp_path):

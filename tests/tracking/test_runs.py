@@ -209,11 +209,21 @@ def test_points_wait_while_the_server_is_away(
     log = MetricLog(tracker.uri, run_id)
     for step in range(30):
         log.log({"train/loss": float(step)}, step)
-    assert log.flush(60)
-    log.close()
+    log.close(60)
     assert tracker.history(run_id)["train/loss"] == [(step, float(step)) for step in range(30)]
     assert log.lost == 0
     assert caplog.text.count("training goes on") == 1  # said once, not for each failure
+    assert caplog.text.count("again") == 1
+
+
+def test_a_checkpoint_does_not_wait_for_a_server_that_is_away(tmp_path: Path) -> None:
+    said: list[str] = []
+    log = MetricLog(f"sqlite:///{tmp_path}/elsewhere.db", "some-run", said.append)
+    log.log({"a": 1.0, "b": 2.0}, 0)
+    assert not log.flush(100_000)
+    assert not log.flush(100_000)
+    log.close(0.1)
+    assert ["do not reach" in said[0], "2 metric points could not be logged" in said[1]] == [True, True]
 
 
 @pytest.mark.usefixtures("no_pause")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,7 +23,7 @@ from jem.methods import build_method
 from jem.methods.base import Method, Progress, StepOutput
 from jem.train import checkpoint
 from jem.train.checkpoint import State
-from jem.train.loop import fit
+from jem.train.loop import Notice, fit
 from tests.processes import run_on
 
 CPU = torch.device("cpu")
@@ -76,7 +77,8 @@ class Told:
 
 def plan_of(config: PretrainConfig, world: int = 1) -> Plan:
     index = open_index(config.data, config.limit)
-    return Plan(index.rows, config.seed, config.train.batch_size, world, config.stream.window, config.stream.remainder)
+    stream, parts = config.stream, config.train.parts or world
+    return Plan(index.rows, config.seed, config.train.batch_size, world, stream.window, stream.remainder, parts)
 
 
 def source_of(config: PretrainConfig, plan: Plan, rank: int = 0) -> Callable[[Position], Iterator[Views]]:
@@ -85,19 +87,22 @@ def source_of(config: PretrainConfig, plan: Plan, rank: int = 0) -> Callable[[Po
     def source(start: Position) -> Iterator[Views]:
         epochs = config.train.epochs
         batches = local_batches(index, plan, config.stream, rank, start, epochs)
-        generators = (generator(config.seed, *position, rank) for position in plan.positions(start, epochs))
+        parts, positions = plan.parts_of(rank), plan.positions(start, epochs)
+        generators = ([generator(config.seed, *position, part) for part in parts] for position in positions)
         for _, views in prefetched(batches, generators, Augment(config.augment), CPU):
             yield views
 
     return source
 
 
-def run(config: PretrainConfig, state: State | None = None, method: Method | None = None) -> Told:
+def run(
+    config: PretrainConfig, state: State | None = None, method: Method | None = None, notice: Notice | None = None
+) -> Told:
     told, plan = Told(), plan_of(config, distributed.world())
     torch.manual_seed(config.seed)
     method = method or build_method(config.method, config.backbone, None, len(open_index(config.data, config.limit)))
     source = source_of(config, plan, distributed.rank())
-    fit(config, method, source, plan, told, told.keep, device=CPU, state=state)
+    fit(config, method, source, plan, told, told.keep, device=CPU, state=state, notice=notice)
     return told
 
 
@@ -177,6 +182,56 @@ def test_two_workers_resume_bit_for_bit_and_only_the_first_keeps_a_state(digits_
     assert ends[0] == ends[1]
     assert none == []
     assert kept == also_kept == [1, 2, 3, 4, 5, 6], "all workers take part in every checkpoint"
+
+
+def _in_two_parts(data: Path) -> PretrainConfig:
+    values = config_of(data, parts=2, precision="fp32", accumulate=2, epochs=1).model_dump()
+    return PretrainConfig.model_validate(values | {"optimizer": {"name": "sgd", "lr": 0.3}})
+
+
+def _go_on(data: Path, kept: Path) -> tuple[dict[int, float], dict[str, np.ndarray]]:
+    told = run(_in_two_parts(data), checkpoint.load(kept))
+    end = {name: value.numpy() for name, value in told.states[-1].model.items()} if told.states else {}
+    return told.numbers.get("train/loss", {}), end
+
+
+def test_a_run_that_goes_on_with_two_workers_is_the_run_of_one(digits_dataset, tmp_path):
+    """The same images, views and parts of accumulation: only the order of sums differs."""
+    whole = run(_in_two_parts(digits_dataset))
+    checkpoint.save(whole.states[0], tmp_path)
+    (losses, end), _ = run_on(2, _go_on, digits_dataset, tmp_path)
+    assert list(losses) == [2, 3]
+    assert losses == pytest.approx({step: whole.numbers["train/loss"][step] for step in losses}, rel=1e-3)
+    for name, value in whole.states[-1].model.items():
+        np.testing.assert_allclose(end[name], value.numpy(), rtol=1e-2, atol=1e-3, err_msg=name)
+
+
+class Announced:
+    """A notice that one rank gives once, from a step on."""
+
+    def __init__(self, rank: int, asked: int) -> None:
+        self._asked, self._given = asked, rank == distributed.rank()
+        self.kept: list[tuple[int, bool]] = []
+
+    def given(self) -> bool:
+        self._asked -= 1
+        return self._given and self._asked < 0 and not self.kept
+
+    def keep(self, state: State | None, step: int, summary: dict[str, float | str]) -> None:
+        self.kept.append((step, state is not None))
+
+
+def _announced(data: Path) -> tuple[list[tuple[int, bool]], list[int]]:
+    notice = Announced(rank=1, asked=1)
+    told = run(config_of(data, checkpoint_every=3), notice=notice)
+    return notice.kept, told.kept_at
+
+
+def test_what_one_worker_is_told_makes_all_keep_a_checkpoint_at_once(digits_dataset):
+    (first, regular), (second, also_regular) = run_on(2, _announced, digits_dataset)
+    assert first == [(2, True)]
+    assert second == [(2, False)]
+    assert regular == also_regular == [3, 6]
 
 
 def test_every_term_and_rate_is_told_at_its_interval(digits_dataset):
