@@ -34,6 +34,7 @@ from pipelines.trials import Search, Work, figure, settings_line
 
 BEST = "best.yaml"
 PARALLEL, IMPORTANCE = "parallel.png", "importance.png"
+ENDINGS = {"pruned": "stopped early", "collapsed": "collapsed", "failed": "failed"}
 CHANGEABLE = frozenset({"search.trials", "search.concurrent"})
 """Of the search's settings, those that may be others when it goes on."""
 
@@ -80,6 +81,10 @@ def tune(config: TuneConfig) -> TuneResult:
     if record.get("status") == "finished" and count <= len(known):
         raise InputError(
             f"search {folder.name} is finished: to go on, give it more trials than {count}, --search.trials"
+        )
+    if count < len(known):
+        raise InputError(
+            f"search {folder.name} has {len(known)} trials already: give --search.trials {len(known)} or more"
         )
     data = open_data(base)
     objective = objective_of(
@@ -229,10 +234,9 @@ def _conclude(search: Search, work: Work) -> TuneResult:
     if best is None:
         raise RunError(f"no trial finished: {_ends(trials)}")
     config = varied(search.base, best.settings)
-    own = config.model_copy(update={"name": None, "resume": None})
-    recipe = dump_config(own)
-    folder.save("", BEST, yaml.safe_dump(stripped(yaml.safe_load(recipe)), sort_keys=False).encode())
-    tracker.log_text(run_id, yaml.safe_dump(stripped(yaml.safe_load(recipe)), sort_keys=False), BEST)
+    recipe = yaml.safe_dump(stripped(yaml.safe_load(dump_config(config))), sort_keys=False)
+    folder.save("", BEST, recipe.encode())
+    tracker.log_text(run_id, recipe, BEST)
 
     trained = _trained(RunFolder.at(search.storage, best.name), best)
     pretrained = finish(search.job(best, work), trained, search.data, tracker)
@@ -265,10 +269,9 @@ def _trained(folder: RunFolder, trial: Trial) -> Trained:
 def _ends(trials: Sequence[Trial]) -> str:
     """How many failed and how many collapsed, with the first reason of each."""
     parts = []
-    for status in ("failed", "collapsed", "pruned"):
+    for status, words in ENDINGS.items():
         of = [trial for trial in trials if trial.status == status]
         if of:
-            words = "stopped early" if status == "pruned" else status
             parts.append(f"{len(of)} {words} (trial {of[0].number}: {of[0].reason})")
     return "; ".join(parts)
 
@@ -276,12 +279,15 @@ def _ends(trials: Sequence[Trial]) -> str:
 def _print(result: TuneResult, search: Search, where: str) -> None:
     done = ranked(result.trials)
     print(f"\n{result.name}: {len(result.trials)} trials, {len(done)} finished")
-    for status, words in (("pruned", "stopped early"), ("collapsed", "collapsed"), ("failed", "failed")):
+    for status, words in ENDINGS.items():
         count = sum(trial.status == status for trial in result.trials)
         if count:
             print(f"  {words:<14}{count}")
-    for title, trial in (("best", done[0]), ("worst", done[-1])):
-        came_to = figure(trial.objective, result.objective)
+    scored = [trial for trial in result.trials if trial.score is not None]
+    worst = min(scored, key=lambda trial: trial.score or 0.0)
+    for title, trial in (("best", done[0]), ("worst", worst)):
+        ending = "" if trial.status == "finished" else f" ({ENDINGS[trial.status]})"
+        came_to = figure(trial.score, result.objective) + ending
         print(f"  {title:<7}trial {trial.number}: {came_to}, {settings_line(trial.settings)}")
     if result.importances:
         shares = ", ".join(f"{key.rpartition('.')[2]} {value:.2f}" for key, value in result.importances.items())

@@ -93,7 +93,9 @@ class SearchConfig(Section):
 class TuneConfig(PretrainConfig):
     """Search for the best settings: many short pretrainings, judged by accuracy or by rank, not by the loss."""
 
-    name: str | None = Field(None, description="name of the search, unique in STORAGE; default: made from the time")
+    name: str | None = Field(
+        None, description="name of the search, unique in STORAGE; default: made from method and time"
+    )
     resume: str | None = Field(None, description="go on with the search of this name")
     search: SearchConfig = SearchConfig()
 
@@ -109,4 +111,5 @@ class TuneConfig(PretrainConfig):
 
     def base(self) -> PretrainConfig:
         """The pretraining that every trial is a variation of."""
-        return PretrainConfig.model_validate(self.model_dump(include=set(PretrainConfig.model_fields)))
+        own = self.model_dump(include=set(PretrainConfig.model_fields)) | {"name": None, "resume": None}
+        return PretrainConfig.model_validate(own)

@@ -35,14 +35,15 @@ STOP_SECONDS = 30.0
 POLL_SECONDS = 0.5
 SWITCHES = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard files: MLflow has the curves
+    "RAY_AIR_NEW_OUTPUT": "0",  # prints a table, however quiet it is asked to be
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a heartbeat has no metric
 }
 
 Told = Callable[[Epoch, bool], None]
 """What a trial is to call at each epoch's end; True with the last."""
 Work = Callable[[Trial, Told, threading.Event], tuple[dict[str, float], float, str]]
-"""Trains and judges an encoder: (trial, what is told of each epoch, end it) -> (figures, objective, verdict). The verdict
-is empty, or says how the encoder collapsed."""
+"""Trains and judges an encoder: (trial, what is told of each epoch, end it) -> (figures, objective, verdict). The
+verdict is empty, or says how the encoder collapsed."""
 
 
 class Book(Protocol):
