@@ -67,7 +67,7 @@ def tune(config: TuneConfig) -> TuneResult:
     known: list[Trial] = []
     if config.resume is not None:
         config, folder, record = _again(config)
-        known = _trials_of(folder)
+        known = trials_of(folder)
     else:
         name = config.name or f"search-{config.method.name}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
         folder, record = RunFolder.at(config.storage, name), {}
@@ -162,7 +162,7 @@ def _again(given: TuneConfig) -> tuple[TuneConfig, RunFolder, dict[str, Any]]:
     return own.model_copy(update={"search": own.search.model_copy(update=new)}), folder, record
 
 
-def _trials_of(folder: RunFolder) -> list[Trial]:
+def trials_of(folder: RunFolder) -> list[Trial]:
     """What the search's folder knows of its trials, by number."""
     within = folder.path
     names = [name for name in RunFolder.at(within, "any").others() if name.startswith("trial-")]

@@ -51,7 +51,7 @@ def importances(space: Space, trials: Sequence[Trial], seed: int) -> dict[str, f
     scored = [trial for trial in trials if trial.score is not None]
     if len({trial.score for trial in scored}) < 2:
         return {}
-    study = optuna.create_study(direction="maximize")
+    study = _study()
     study.add_trials([_frozen(space, trial, TrialState.COMPLETE, trial.score) for trial in scored])
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
     found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=list(space))
@@ -63,8 +63,7 @@ def study_of(space: Space, trials: Sequence[Trial], sampler: optuna.samplers.Bas
 
     A trial that was stopped early counts by how far it came; a failed or a collapsed one as worse than all others.
     """
-    logging.getLogger("optuna").setLevel(logging.WARNING)
-    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study = _study(sampler)
     for trial in sorted(trials, key=lambda trial: trial.number):
         if trial.status == "finished":
             study.add_trial(_frozen(space, trial, TrialState.COMPLETE, trial.objective))
@@ -73,6 +72,11 @@ def study_of(space: Space, trials: Sequence[Trial], sampler: optuna.samplers.Bas
         else:
             study.add_trial(_frozen(space, trial, TrialState.RUNNING))
     return study
+
+
+def _study(sampler: optuna.samplers.BaseSampler | None = None) -> Study:
+    logging.getLogger("optuna").setLevel(logging.WARNING)  # it would report each study
+    return optuna.create_study(direction="maximize", sampler=sampler)
 
 
 def _tpe(search: SearchConfig, seed: int, number: int) -> optuna.samplers.TPESampler:
