@@ -122,23 +122,25 @@ def run_trials(
 def _until_done(tuner: Tuner, stopper: _Stopper, book: Book) -> None:
     """`tuner.fit()` in a thread: in the main one it takes signals for itself."""
     failure: list[BaseException] = []
+    done = threading.Event()  # an interrupted join() takes the thread for dead, before Python 3.12
 
     def run() -> None:
         try:
             tuner.fit()
         except BaseException as error:  # noqa: BLE001 - raised again below
             failure.append(error)
+        finally:
+            done.set()
 
-    thread = threading.Thread(target=run, daemon=True, name="jem-tune")
-    thread.start()
+    threading.Thread(target=run, daemon=True, name="jem-tune").start()
     try:
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)  # without a limit, signals would wait for the end
+        while not done.wait(POLL_SECONDS):  # without a limit, signals would wait for the end
+            pass
     finally:
-        if thread.is_alive():
+        if not done.is_set():
             book.stopped()
             stopper.now.set()
-            thread.join(STOP_SECONDS)
+            done.wait(STOP_SECONDS)
     if failure:
         error = failure[0]
         if isinstance(error, InputError | RunError):

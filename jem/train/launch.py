@@ -43,6 +43,7 @@ from jem.train.watch import Summary
 POLL_SECONDS = 0.5
 ANSWER_SECONDS = 30.0
 FLUSH_SECONDS = 10.0
+ABORT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -199,34 +200,38 @@ def _fit(trainer: ray.train.torch.TorchTrainer, mailbox: Any, stop: threading.Ev
     """
     outcome: list[Any] = []
     failure: list[BaseException] = []
+    done = threading.Event()  # an interrupted join() takes the thread for dead, before Python 3.12
 
     def run() -> None:
         try:
             outcome.append(trainer.fit())
         except BaseException as error:  # noqa: BLE001 - raised again below
             failure.append(error)
+        finally:
+            done.set()
 
-    thread = threading.Thread(target=run, daemon=True, name="jem-fit")
-    thread.start()
+    threading.Thread(target=run, daemon=True, name="jem-fit").start()
     try:
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)  # without a limit, signals would wait for the end
+        while not done.wait(POLL_SECONDS):  # without a limit, signals would wait for the end
             if stop is not None and stop.is_set():
                 raise RunError("stopped")
     finally:
-        if thread.is_alive():
-            _abort(mailbox)
+        if not done.is_set():
+            # a signal's process is about to end, and has few seconds to say so elsewhere
+            _abort(mailbox, wait=stop is not None and stop.is_set())
     if failure:
         raise failure[0]
     return outcome[0]
 
 
-def _abort(mailbox: Any) -> None:
-    """End the workers and give back what they held; the checkpoints stay."""
+def _abort(mailbox: Any, *, wait: bool) -> None:
+    """End the workers and give back what they held; the checkpoints stay. `wait` until it is done."""
     with contextlib.suppress(RayError):  # whatever is gone already need not be ended
-        controller = ray.get(mailbox.controller.remote(), timeout=ANSWER_SECONDS)
+        controller = ray.get(mailbox.controller.remote(), timeout=ABORT_SECONDS)
         if controller is not None:
-            ray.get(controller.abort.remote(), timeout=ANSWER_SECONDS)
+            ended = controller.abort.remote()
+            if wait:
+                ray.get(ended, timeout=ABORT_SECONDS)
 
 
 def _cause(error: BaseException) -> str:
