@@ -63,6 +63,10 @@ class Search:
         self._closed = False
         self._begun: set[int] = set()
         self._runs = tracker.children(self.run_id) if known else {}
+        for trial in known:  # killed between the record and what MLflow is told
+            run = self._runs.get(trial.name)
+            if trial.over and run is not None and "jem.trial" not in run.data.tags:
+                self._track(trial)
 
     @property
     def left(self) -> int:
@@ -132,7 +136,8 @@ class Search:
             problem = ""
         named = config.model_copy(update={"name": trial.name, "storage": self.storage})
         stored = yaml.safe_dump(stripped(yaml.safe_load(dump_config(named))), sort_keys=False)
-        trial.run_id = trial.run_id or self._runs.get(trial.name, "")
+        if not trial.run_id and trial.name in self._runs:  # killed between MLflow's run and the record of it
+            trial.run_id = self._runs[trial.name].info.run_id
         folder.write(stored, self._record(trial))
         self._begin_run(trial, named, stored)
         self._note(trial)
@@ -159,16 +164,19 @@ class Search:
         RunFolder.at(self.storage, trial.name).note(self._record(trial))
 
     def _tell(self, trial: Trial) -> None:
-        metrics = {f"final/{key}": value for key, value in trial.figures.items()}
-        if trial.objective is not None:
-            metrics["objective"] = trial.objective
         if trial.run_id:
-            self.tracker.log_metrics(trial.run_id, metrics, len(trial.epochs))
-            self.tracker.set_tags(trial.run_id, {"jem.trial": trial.status, "jem.reason": trial.reason})
-            self.tracker.finish(trial.run_id, ENDS[trial.status])  # type: ignore[arg-type]  # one of the three
+            self._track(trial)
         over = sum(each.over for each in self.trials.values())
         words = f"trial {trial.number} ({over}/{self.count}): {settings_line(trial.settings)}: {self._came_to(trial)}"
         print(words, flush=True)
+
+    def _track(self, trial: Trial) -> None:
+        metrics = {f"final/{key}": value for key, value in trial.figures.items()}
+        if trial.objective is not None:
+            metrics["objective"] = trial.objective
+        self.tracker.log_metrics(trial.run_id, metrics, len(trial.epochs))
+        self.tracker.finish(trial.run_id, ENDS[trial.status])  # type: ignore[arg-type]  # one of the three
+        self.tracker.set_tags(trial.run_id, {"jem.reason": trial.reason, "jem.trial": trial.status})
 
     def _came_to(self, trial: Trial) -> str:
         epochs = trial.epochs[-1].epoch if trial.epochs else 0

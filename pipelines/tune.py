@@ -78,14 +78,12 @@ def tune(config: TuneConfig) -> TuneResult:
     base = config.base()
     space = space_of(config.search, base)
     count = planned(config.search, space)
-    if record.get("status") == "finished" and count <= len(known):
-        raise InputError(
-            f"search {folder.name} is finished: to go on, give it more trials than {count}, --search.trials"
-        )
     if count < len(known):
         raise InputError(
             f"search {folder.name} has {len(known)} trials already: give --search.trials {len(known)} or more"
         )
+    if record.get("status") == "finished" and count == len(known):
+        raise InputError(f"search {folder.name} is finished: to go on, give it more than {count} with --search.trials")
     data = open_data(base)
     objective = objective_of(
         config.search,

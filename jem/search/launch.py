@@ -14,6 +14,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -165,20 +166,18 @@ def _scheduler(search: SearchConfig, epochs: int, over: Sequence[Trial]) -> Tria
         past: Any = SimpleNamespace(trial_id=trial.name)
         asha.on_trial_add(None, past)
         for epoch in trial.epochs:
-            asha.on_trial_result(None, past, _report(epoch))
+            asha.on_trial_result(None, past, _compared(epoch))
     return asha
 
 
-def _report(epoch: Epoch) -> dict[str, Any]:
-    """An epoch as Tune's result; without a value ASHA passes it over."""
-    value = {} if epoch.value is None else {"value": epoch.value}
-    return {"epoch": epoch.epoch, "collapse": epoch.collapse, **value}
+def _compared(epoch: Epoch) -> dict[str, Any]:
+    """What ASHA compares of an epoch; without a value it passes it over."""
+    return {} if epoch.value is None else {"epoch": epoch.epoch, "value": epoch.value}
 
 
-def _epoch(result: dict[str, Any]) -> Epoch | None:
-    if "epoch" not in result:
-        return None
-    return Epoch(result["epoch"], result.get("value"), result["collapse"])
+def _noted(epoch: Epoch) -> dict[str, Any]:
+    """What the book is told of it."""
+    return {"noted": asdict(epoch)}
 
 
 def _line(error: BaseException) -> str:
@@ -227,9 +226,8 @@ class _Recording(_Unkept, tune.Callback):
         self._book = book
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        epoch = _epoch(result)
-        if epoch is not None:
-            self._book.epoch(trial.config["number"], epoch)
+        if "noted" in result:
+            self._book.epoch(trial.config["number"], Epoch(**result["noted"]))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         outcome = trial.last_result.get("outcome") or {"status": "pruned", "reason": "others were better at its age"}
@@ -267,7 +265,7 @@ class _TrialActor(tune.Trainable):
         self._stopped = threading.Event()
         self._last: dict[str, Any] = {}
         for epoch in self._trial.epochs:
-            self._news.put(_report(epoch))
+            self._news.put(_compared(epoch) | _noted(epoch))
         self._thread = threading.Thread(target=self._run, args=(work,), daemon=True, name="jem-trial")
         self._thread.start()
 
@@ -300,10 +298,11 @@ class _TrialActor(tune.Trainable):
         if known and epoch.epoch <= known[-1].epoch:  # it was trained again, from the last checkpoint on
             return
         self._trial.note(epoch)
-        report = _report(epoch)
-        if last:  # told with what the trial came to: ASHA has nothing to save any more
-            self._last = report
+        if last:  # compared when the trial is judged: there is nothing left to save by stopping it
+            self._last = _compared(epoch)
+            self._news.put(_noted(epoch))
             return
+        report = _compared(epoch) | _noted(epoch)
         if collapsed(self._trial.epochs, self._patience):
             kind = "complete" if epoch.collapse == 1 else "informational"
             reason = f"collapsed ({kind}) since epoch {self._trial.epochs[-self._patience].epoch}"

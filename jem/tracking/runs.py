@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
     from jem.config import TrackConfig
 
@@ -91,8 +92,8 @@ class Tracker:
                 "give the tracking store that it was started with, in --track.uri or MLFLOW_TRACKING_URI"
             ) from error
 
-    def children(self, run_id: str) -> dict[str, str]:
-        """Ids of the runs below one, by their tag jem.name.
+    def children(self, run_id: str) -> dict[str, Run]:
+        """The runs below one, by their tag jem.name.
 
         Raises:
             InputError: the store cannot be asked.
@@ -101,13 +102,13 @@ class Tracker:
 
         try:
             experiment = self.client.get_run(run_id).info.experiment_id
-            found: dict[str, str] = {}
+            found: dict[str, Run] = {}
             token: str | None = None
             while True:
                 page = self.client.search_runs(
                     [experiment], f"tags.`mlflow.parentRunId` = '{run_id}'", max_results=1000, page_token=token
                 )
-                found |= {run.data.tags.get("jem.name", ""): run.info.run_id for run in page}
+                found |= {run.data.tags.get("jem.name", ""): run for run in page}
                 token = page.token
                 if not token:
                     return found

@@ -147,6 +147,20 @@ def test_a_search_killed_between_its_record_and_mlflow_s_run_makes_no_second_one
     assert begin().next().settings == trial.settings
 
 
+def test_a_search_killed_between_a_trial_s_record_and_its_end_in_mlflow_makes_up_for_it(begin, monkeypatch):
+    first = begin()
+    first.next()
+    with monkeypatch.context() as patch:
+        patch.setattr(first, "_tell", lambda _trial: None)
+        finish(first, 0, 0.5)
+    assert children(first)["trial-000"].info.status == "RUNNING"
+    second = begin()
+    run = children(second)["trial-000"]
+    assert (run.info.status, run.data.tags["jem.trial"]) == ("FINISHED", "finished")
+    assert run.data.metrics["objective"] == 0.5
+    assert second.left == 3
+
+
 def test_a_stopped_search_leaves_its_trials_killed_and_hears_no_more(begin):
     book = begin()
     book.next()

@@ -34,7 +34,8 @@ from pipelines.tune import TuneResult, tune
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 DEADLINE = 240.0
-TRIALS = 4
+TRIALS = 3
+STOPPED = 2
 OURS = ("RayTrainWorker", "TrainController", "_TrialActor", "Mailbox", "MapBatches", "MapWorker")
 """What a trial starts, by the names that Ray gives its processes."""
 
@@ -54,7 +55,7 @@ def config_of(data: Path, test: Path, storage: Path, name: str, **search: Any) -
             "optimizer": {"name": "adamw", "lr": 0.004},
             "schedule": {"warmup_epochs": 0.5},
             "train": {"epochs": 3, "batch_size": 64, "log_every": 1},
-            "cluster": {"workers": 2, "cpus_per_worker": 0.2},
+            "cluster": {"workers": 1, "cpus_per_worker": 0.2},
             "evaluation": {"knn": {"k": 5}, "online": {"bank": 60, "queries": 30}, "random_baseline": False},
             "track": {"experiment": "searches", "register_as": name},
             "search": {"over": ["weights"], "trials": TRIALS, "concurrent": 2, "early_stop": "none", **search},
@@ -122,7 +123,7 @@ def test_a_killed_search_ends_with_the_planned_trials_none_lost_and_none_twice(r
 
 
 def test_every_trial_has_one_run_below_the_search_s_and_its_own_curves(resumed):
-    result, _ = resumed
+    result, before = resumed
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     parent = client.get_run(result.run_id)
     assert parent.info.status == "FINISHED"
@@ -139,7 +140,10 @@ def test_every_trial_has_one_run_below_the_search_s_and_its_own_curves(resumed):
             assert run.info.status == "FINISHED"
             assert run.data.metrics["objective"] == trial.objective == trial.figures["knn"]
             assert steps == list(range(1, 7))
-            assert [epoch.epoch for epoch in trial.epochs] == [1, 2, 3]
+            known = [epoch.epoch for epoch in trial.epochs]
+            assert known[:2] == [1, 2]
+            # the last may be lost where the driver was killed between its training and its judgement
+            assert known[2:] == [3] or before[trial.number]["status"] == "running"
 
 
 def test_the_best_alone_is_registered_and_its_recipe_starts_it_again(resumed, storage, digits_dataset, digits_test):
@@ -173,14 +177,14 @@ def test_pictures_are_in_the_folder_and_in_mlflow(resumed, storage):
 
 
 def test_a_finished_search_is_not_begun_again_and_keeps_its_settings(resumed, storage):
-    with pytest.raises(InputError, match="search killed is finished: to go on, give it more trials than 4"):
+    with pytest.raises(InputError, match="search killed is finished: to go on, give it more than 3"):
         tune(TuneConfig(resume="killed", storage=str(storage)))
     with pytest.raises(InputError, match="has a run killed already: go on with it"):
         tune(config_of(Path("x"), Path("x"), storage, "killed"))
     other = {"resume": "killed", "storage": str(storage), "search": {"over": ["rates"]}}
     with pytest.raises(InputError, match=r"keeps its settings: leave out --search\.over"):
         tune(TuneConfig.model_validate(other))
-    with pytest.raises(InputError, match="has 4 trials already"):
+    with pytest.raises(InputError, match="has 3 trials already"):
         tune(TuneConfig.model_validate({"resume": "killed", "storage": str(storage), "search": {"trials": 2}}))
 
 
@@ -188,16 +192,16 @@ def test_what_the_cluster_cannot_hold_is_refused_before_anything_is_written(
     ray_cluster, digits_dataset, digits_test, tmp_path
 ):
     config = config_of(digits_dataset, digits_test, tmp_path, "large", concurrent=30, trials=30)
-    with pytest.raises(InputError, match=r"60 workers x 0\.2 CPUs.*lower search\.concurrent"):
+    with pytest.raises(InputError, match=r"30 workers x 0\.2 CPUs.*lower search\.concurrent"):
         tune(config)
     assert list(tmp_path.iterdir()) == []
 
 
-class Ten:
-    """A book of one trial that is the best and ten that are behind from the first epoch on."""
+class Behind:
+    """A book of one trial that is the best, and others that are behind from the first epoch on."""
 
     def __init__(self) -> None:
-        self.waiting = [Trial(number, {}) for number in range(11)]
+        self.waiting = [Trial(number, {}) for number in range(STOPPED + 1)]
         self.outcomes: dict[int, str] = {}
 
     def next(self) -> Trial | None:
@@ -213,7 +217,7 @@ class Ten:
         """Nobody interrupts it."""
 
 
-def test_of_ten_trials_that_asha_stopped_no_placement_group_and_no_process_is_left(
+def test_of_trials_that_asha_stopped_no_placement_group_and_no_process_is_left(
     ray_cluster, digits_dataset, digits_test, tmp_path
 ):
     import ray
@@ -221,7 +225,7 @@ def test_of_ten_trials_that_asha_stopped_no_placement_group_and_no_process_is_le
     base = config_of(digits_dataset, digits_test, tmp_path, "leftovers").base()
     base = base.model_copy(
         update={
-            "cluster": base.cluster.model_copy(update={"workers": 1}),
+            "cluster": base.cluster.model_copy(update={"workers": 2}),
             "train": base.train.model_copy(update={"epochs": 400}),
         }
     )
@@ -250,22 +254,20 @@ def test_of_ten_trials_that_asha_stopped_no_placement_group_and_no_process_is_le
         return found
 
     before_groups, before = groups(), ours()
-    book = Ten()
+    book = Behind()
     run_trials(
-        book, work, SearchConfig(), left=11, concurrent=2, epochs=400, over=[], cpus=TRIAL_CPUS, max_failures=0
+        book, work, SearchConfig(), left=STOPPED + 1, concurrent=2, epochs=400, over=[], cpus=TRIAL_CPUS, max_failures=0
     )  # fmt: skip
-    assert book.outcomes == {0: "finished", **dict.fromkeys(range(1, 11), "pruned")}
+    assert book.outcomes == {0: "finished", **dict.fromkeys(range(1, STOPPED + 1), "pruned")}
     assert groups() - before_groups == set()
     assert within(30, lambda: not ours() - before), [psutil.Process(pid).cmdline() for pid in ours() - before]
     assert within(30, lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
 
 
 def test_a_search_without_a_trial_that_ended_well_says_so(ray_cluster, digits_dataset, digits_test, tmp_path):
-    values = config_of(digits_dataset, digits_test, tmp_path, "hopeless").model_dump()
-    values["search"] |= {"over": (), "space": {"optimizer.lr": {"choice": [1e30]}}, "trials": 1}
-    values["cluster"] |= {"workers": 1, "max_failures": 0}
-    with pytest.raises(RunError, match=r"no trial finished: 1 failed \(trial 0: .*not finite since step"):
-        tune(TuneConfig.model_validate(values))
+    search = {"over": [], "space": {"train.batch_size": {"choice": [256]}}, "trials": 2}
+    with pytest.raises(RunError, match=r"no trial finished: 2 failed \(trial 0: .*do not fill one batch"):
+        tune(config_of(digits_dataset, digits_test, tmp_path, "hopeless", **search))
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     experiment = client.get_experiment_by_name("searches").experiment_id
     (parent,) = client.search_runs([experiment], "tags.`jem.name` = 'hopeless'")
