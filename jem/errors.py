@@ -22,5 +22,6 @@ class RunError(RuntimeError):
     def __init__(self, message: str) -> None:
         super().__init__(without_credentials(message))
 
+
 class RetryError(RunError):
     """A part of the cluster failed, not the job's own doing: to begin again may help."""
