@@ -66,11 +66,16 @@ class Placement:
     """Decode tasks at a time per train worker."""
 
 
+TRIAL_CPUS = 0.01
+"""CPUs that the actor beside each training of a search reserves: it waits most of the time."""
+
+
 @contextlib.contextmanager
-def connect(config: ClusterConfig) -> Iterator[Cluster]:
+def connect(config: ClusterConfig, *, dashboard: bool = False) -> Iterator[Cluster]:
     """Join the cluster at `address` (or RAY_ADDRESS), or start a Ray of its own that ends with the block.
 
-    A Ray that this process is connected to already is used and left as it is.
+    A Ray that this process is connected to already is used and left as it is. The `dashboard` answers what Ray Train
+    asks when a training's driver died: whether to give back what it held.
 
     Raises:
         InputError: No cluster answers at the address.
@@ -82,7 +87,7 @@ def connect(config: ClusterConfig) -> Iterator[Cluster]:
             _join(address)
         else:
             os.environ.setdefault(*KEEP_IDLE)
-            ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(include_dashboard=dashboard, logging_level=logging.ERROR, log_to_driver=False)
     try:
         yield _look()
     finally:
@@ -112,10 +117,17 @@ def _join(address: str) -> None:
         raise InputError(f"no Ray cluster answers at {address} ({reason}): {advice}") from error
 
 
-def place(config: ClusterConfig, stream: StreamConfig, cluster: Cluster, pool_cpus: float = 0.0) -> Placement:
+def place(
+    config: ClusterConfig,
+    stream: StreamConfig,
+    cluster: Cluster,
+    pool_cpus: float = 0.0,
+    trials: int | None = None,
+) -> Placement:
     """Check that train workers and their decode tasks fit, and share out the CPUs that are left for decoding.
 
-    `pool_cpus` are the CPUs that each worker's augmentation actors take.
+    `pool_cpus` are the CPUs that each worker's augmentation actors take, `trials` the trainings of a search that run at
+    a time.
 
     Raises:
         InputError: They do not fit; the message says what the cluster has and what was asked for.
@@ -124,23 +136,25 @@ def place(config: ClusterConfig, stream: StreamConfig, cluster: Cluster, pool_cp
     fits = sum(
         int(min(node.cpus // config.cpus_per_worker, node.gpus if gpu else float("inf"))) for node in cluster.nodes
     )
-    asked = f"{config.workers} workers x {config.cpus_per_worker:g} CPUs" + (" and 1 GPU" if gpu else "")
-    if fits < config.workers:
+    workers = config.workers * (trials or 1)
+    asked = f"{workers} workers x {config.cpus_per_worker:g} CPUs" + (" and 1 GPU" if gpu else "")
+    lower = "lower cluster.workers" if trials is None else "lower search.concurrent, cluster.workers"
+    if fits < workers:
         raise InputError(
-            f"the cluster has {cluster}, which holds {fits} of {asked}: lower cluster.workers"
+            f"the cluster has {cluster}, which holds {fits} of {asked}: {lower}"
             + (" or set cluster.gpu false" if gpu else " or cluster.cpus_per_worker")
             + ", or add nodes"
         )
-    left = cluster.cpus - config.workers * (config.cpus_per_worker + pool_cpus)
-    tasks = int(left / config.workers / stream.decode_cpus + 1e-9)
+    left = cluster.cpus - workers * (config.cpus_per_worker + pool_cpus) - (trials or 0) * TRIAL_CPUS
+    tasks = int(left / workers / stream.decode_cpus + 1e-9)
     if tasks < 1:
         raise InputError(
             f"the cluster has {cluster}; {asked} leave {max(left, 0):g} CPUs for decoding, which needs "
-            f"{stream.decode_cpus:g} per worker: lower cluster.workers, cluster.cpus_per_worker or stream.decode_cpus"
+            f"{stream.decode_cpus:g} per worker: {lower}, cluster.cpus_per_worker or stream.decode_cpus"
         )
     # One more than CPUs: it works while another's successor is being started (2 cores, photographs: 879 images/s with
     # 2 tasks, 1111 with 3, 1073 with 4). They reserve less than a CPU so that a small machine can hold them.
-    useful = int(cluster.cpus / config.workers) + 1
+    useful = int(cluster.cpus / workers) + 1
     return Placement(gpu=gpu, decode_tasks=min(stream.decode_tasks or useful, tasks))
 
 

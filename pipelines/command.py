@@ -47,6 +47,7 @@ JOBS = (
     Job("ingest", "pipelines.ingest:ingest", "IngestConfig", ("source", "dest")),
     Job("preview", "pipelines.preview:preview", "PreviewConfig", ("data", "out")),
     Job("pretrain", "pipelines.pretrain:pretrain", "PretrainConfig"),
+    Job("tune", "pipelines.tune:tune", "TuneConfig"),
     Job("evaluate", "pipelines.evaluate:evaluate", "EvaluateConfig"),
     Job("embed", "pipelines.embed:embed", "EmbedConfig"),
     Job("encoders list", "pipelines.encoders:list_encoders", "EncodersListConfig"),

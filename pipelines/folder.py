@@ -36,6 +36,11 @@ class RunFolder:
             raise InputError(f"{name!r} cannot name a run: use letters, digits, '.', '_' and '-', at most 100")
         return cls(storage if "://" in storage else str(Path(storage).expanduser().resolve()), name)
 
+    @property
+    def path(self) -> str:
+        """The folder itself, in which others may be."""
+        return f"{self.storage.rstrip('/')}/{self.name}"
+
     def _open(self, *parts: str) -> tuple[fs.FileSystem, str]:
         try:
             filesystem, root = fs.FileSystem.from_uri(self.storage)
@@ -88,10 +93,22 @@ class RunFolder:
         self._put(RECORD, json.dumps(record, indent=2).encode())
 
     def save(self, folder: str, name: str, content: bytes) -> None:
-        """Write the file `folder`/`name`, in place of one that there is."""
-        filesystem, path = self._open(self.name, folder)
+        """Write the file `folder`/`name`, or `name` alone, in place of one that there is."""
+        filesystem, path = self._open(self.name, *filter(None, (folder,)))
         filesystem.create_dir(path, recursive=True)
-        self._put(f"{folder}/{name}", content)
+        self._put("/".join(filter(None, (folder, name))), content)
+
+    def fetch(self, folder: str, dest: Path) -> None:
+        """Copy the files of `folder` to a local one.
+
+        Raises:
+            InputError: It is not there.
+        """
+        filesystem, path = self._open(self.name, folder)
+        try:
+            fs.copy_files(path, str(dest), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
+        except OSError as error:
+            raise InputError(f"cannot read {self.storage}/{self.name}/{folder}: {error}") from error
 
     def _put(self, name: str, content: bytes) -> None:
         filesystem, path = self._open(self.name, name)

@@ -21,6 +21,7 @@ import ray
 import ray.data
 from ray.data import ExecutionResources, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data.read_api import from_blocks
 
 from jem.data.ahead import Ahead
 from jem.data.plan import Plan, Position, Window
@@ -166,7 +167,7 @@ def _manifest(blocks: list[pa.Table], block_bytes: int) -> ray.data.Dataset:
     """A data set with settings of its own, those of the process stay as they are; it makes blocks of `block_bytes`."""
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
-    manifest = ray.data.from_arrow(blocks)
+    manifest = from_blocks(blocks)  # `from_arrow` looks at each in a task of a whole CPU, which may not be free, ever
     context = manifest.context
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False

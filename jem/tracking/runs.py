@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
     from jem.config import TrackConfig
 
@@ -89,6 +90,31 @@ class Tracker:
             raise InputError(
                 f"no run {run_id} in MLflow at {without_credentials(self.uri)} ({_line(error)}): "
                 "give the tracking store that it was started with, in --track.uri or MLFLOW_TRACKING_URI"
+            ) from error
+
+    def children(self, run_id: str) -> dict[str, Run]:
+        """The runs below one, by their tag jem.name.
+
+        Raises:
+            InputError: the store cannot be asked.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            experiment = self.client.get_run(run_id).info.experiment_id
+            found: dict[str, Run] = {}
+            token: str | None = None
+            while True:
+                page = self.client.search_runs(
+                    [experiment], f"tags.`mlflow.parentRunId` = '{run_id}'", max_results=1000, page_token=token
+                )
+                found |= {run.data.tags.get("jem.name", ""): run for run in page}
+                token = page.token
+                if not token:
+                    return found
+        except MlflowException as error:
+            raise InputError(
+                f"MLflow at {without_credentials(self.uri)} did not list the runs below {run_id}: {_line(error)}"
             ) from error
 
     def finish(self, run_id: str, status: Status = "FINISHED") -> None:
