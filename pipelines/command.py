@@ -1,7 +1,7 @@
 """The `jem` command, and the way every `python -m pipelines.JOB` starts.
 
 A job is a function that takes its configuration object; this file finds it, reads its configuration, runs it, and
-turns errors into one line and an exit status: 0, 1 (the job failed), 2 (bad input), 130 (interrupted).
+turns errors into one line and an exit status: 0, 1 (the job failed), 2 (bad input), 130 (interrupted), 143 (SIGTERM).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ from jem.errors import InputError, RunError
 from pipelines.settings import dump_config, load_config, recipe_names, recipe_text
 
 __all__ = ["dump_config", "load_config", "main", "main_for", "run_job"]
+
+TERMINATED = 128 + signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ def run_job(words: str, argv: Sequence[str]) -> int:
         config = load_config(job.schema, argv, prog=prog, positional=job.positional)
         result = _function(job)(config)
         sys.stdout.flush()
-    except SystemExit as stop:  # after --help
-        return stop.code if isinstance(stop.code, int) else 1
+    except SystemExit as stop:  # after --help; and after SIGTERM, which Ray turns into this with the signal's number
+        return TERMINATED if stop.code == signal.SIGTERM else stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130

@@ -264,6 +264,12 @@ def _ending(tracker: Tracker, folder: RunFolder, record: dict[str, Any]) -> Iter
     finally:
         tracker.finish(record["run_id"], status)  # type: ignore[arg-type]
         folder.note(record | {"status": ended})
+        if ended == "stopped":
+            print(
+                f"run {folder.name}: stopped; go on with --resume {folder.name} --storage {folder.storage}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 # --- after --------------------------------------------------------------------------------------------------------
