@@ -126,11 +126,11 @@ def ray_nodes(workers: int, cpus: int, settings: Mapping[str, str]) -> Iterator[
         "OMP_NUM_THREADS": "1",
         **settings,
     }
-    port, dashboard, *agents = free_ports(3 + workers)
+    port, dashboard, client, *agents = free_ports(4 + workers)
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--min-worker-port=0"]
     start += ["--max-worker-port=0", f"--node-ip-address={LOOPBACK}", "--object-store-memory=120000000"]
     head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--num-cpus=0"]
-    head += ["--ray-client-server-port=0", f"--dashboard-host={LOOPBACK}"]
+    head += [f"--ray-client-server-port={client}", f"--dashboard-host={LOOPBACK}"]
     nodes = Nodes(folder, f"http://{LOOPBACK}:{dashboard}", environment)
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -191,7 +191,7 @@ def _running(
     try:
         yield process
     finally:
-        started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        started = [*_below(process.pid, "")]
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)

@@ -4,8 +4,8 @@
 
 It starts a Ray head without work, two worker nodes of two CPUs and MLflow's server, each with processes of its own, on
 this machine, and submits from an empty folder with `ray job submit`: ingest, pretrain on both nodes (once stopped, and
-then resumed by another job), tune, evaluate, embed, and jobs with bad input. With --s3 pictures, data set, checkpoints and
-MLflow's files are in an object store (moto's), and the disk that the nodes share holds nothing.
+then resumed by another job), tune, evaluate, embed, and jobs with bad input. With --s3 pictures, data set, checkpoints
+and MLflow's files are in an object store (moto's), and the disk that the nodes share holds nothing.
 """
 
 from __future__ import annotations

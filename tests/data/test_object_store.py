@@ -68,3 +68,16 @@ def test_a_bucket_that_there_is_not_is_named(bucket):
         RunFolder.at("s3://nosuch/runs", "one").check_writable()
     with pytest.raises(InputError, match="no data at s3://nosuch/digits"):
         open_index("s3://nosuch/digits")
+
+
+def test_a_store_that_does_not_answer_is_named(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # where nobody listens
+    with pytest.raises(InputError, match=r"storage s3://jem/runs cannot be read \(.*Could not connect"):
+        RunFolder.at("s3://jem/runs", "one").exists()
+
+
+@pytest.mark.parametrize("uri", ["s3://jem/runs?endpoint_override=127.0.0.1:9000", "s3://jem/runs/?scheme=http"])
+def test_a_folder_to_write_in_has_no_options(uri):
+    for call in (Destination, lambda storage: RunFolder.at(storage, "one")):
+        with pytest.raises(InputError, match=r"has options after the \?.*AWS_ENDPOINT_URL"):
+            call(uri)
