@@ -98,8 +98,11 @@ def run_job(words: str, argv: Sequence[str]) -> int:
         config = load_config(job.schema, argv, prog=prog, positional=job.positional)
         result = _function(job)(config)
         sys.stdout.flush()
-    except SystemExit as stop:  # after --help; and after SIGTERM, which Ray turns into this with the signal's number
-        return TERMINATED if stop.code == signal.SIGTERM else stop.code if isinstance(stop.code, int) else 1
+    except SystemExit as stop:
+        if stop.code == signal.SIGTERM:  # what Ray makes of the signal
+            print(f"{prog}: stopped", file=sys.stderr)
+            return TERMINATED
+        return stop.code if isinstance(stop.code, int) else 1  # after --help
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130

@@ -78,6 +78,10 @@ class Nodes:
         """All that a job's driver wrote."""
         return next(self.folder.glob(f"session_2*/logs/job-driver-{name}.log")).read_text()
 
+    def ending(self, name: str) -> str:
+        """How Ray saw a job's driver end."""
+        return next(self.folder.glob(f"session_2*/logs/jobs/supervisor-{name}.log")).read_text().splitlines()[-1]
+
     def train_workers(self) -> list[int]:
         """How many train workers each worker node runs."""
         return [len(list(_below(process.pid, "RayTrainWorker"))) for process in self.processes[1:]]

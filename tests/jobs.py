@@ -138,6 +138,7 @@ class Session:
         new = ("pipelines.pretrain", "--config", "run.yaml", *data, *storage, "--name", "digits")
         self.run("pretrain", *new, options=sent, wanted=("STOPPED", None), stop=self.has_checkpoint)
         run_id = self.record()["run_id"]
+        print(self.nodes.ending("pretrain"))
         print(f"after the stop: folder {self.record()['status']}, MLflow {client.get_run(run_id).info.status}\n")
         self.run("name-taken", *new, options=sent, wanted=("FAILED", 2))
         self.run("resume", "pipelines.pretrain", "--resume", "digits", *storage)

@@ -38,7 +38,7 @@ def place(tmp_path_factory) -> Path:
 def nodes(place):
     with (
         mlflow_server(place / "mlflow", str(place / "mlflow" / "artifacts"), {}) as uri,
-        ray_nodes(2, 2, {"MLFLOW_TRACKING_URI": uri}) as cluster,
+        ray_nodes(2, 2, {"MLFLOW_TRACKING_URI": uri, "RAY_JOB_STOP_WAIT_TIME_S": "60"}) as cluster,
     ):
         yield cluster
 
@@ -77,6 +77,7 @@ def test_a_job_that_is_stopped_says_so_and_goes_on_as_another_job(nodes, dataset
     nodes.stop("first", cwd=clean)
     output = ended(job)
     assert nodes.about("first")["status"] == "STOPPED"
+    assert "terminated gracefully with SIGTERM" in nodes.ending("first")
     assert f"run digits: stopped; go on with --resume digits --storage {runs}" in nodes.log("first")
     client = MlflowClient(nodes.environment["MLFLOW_TRACKING_URI"])
     record = json.loads((runs / "digits" / "run.json").read_text())
