@@ -9,6 +9,7 @@ first epoch on, so that ASHA stops each.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 import threading
 import time
@@ -30,13 +31,15 @@ from pipelines.settings import load_config
 from pipelines.trials import Work
 
 DEADLINE = 60.0
-RAY_S_OWN = ("raylet", "gcs_server", "ray::IDLE", "dashboard", "agent", "monitor.py", "resource_tracker")
+KEPT = ("ray::IDLE", "ray::_AutoscalingCoordinatorActor")
+"""What Ray keeps for the next one: idle processes, and one coordinator for the whole cluster."""
 
 
 class Counts:
     """A book that only counts."""
 
-    def __init__(self, trials: int) -> None:
+    def __init__(self, trials: int, before: dict[int, str]) -> None:
+        self.before = before
         self.waiting = [Trial(number, {}) for number in range(trials + 1)]
         self.statuses: list[str] = []
 
@@ -48,7 +51,7 @@ class Counts:
 
     def ended(self, number: int, outcome: dict[str, Any]) -> None:
         self.statuses.append(outcome["status"])
-        print(f"trial {number}: {outcome['status']}; now {report()}", flush=True)
+        print(f"trial {number}: {outcome['status']}; now {report(self.before)}", flush=True)
 
     def stopped(self) -> None:
         pass
@@ -58,22 +61,20 @@ def placement_groups() -> int:
     return sum(group["state"] != "REMOVED" for group in ray.util.placement_group_table().values())
 
 
-def processes() -> list[str]:
-    """The names of this process's descendants, without those of Ray itself and idle ones."""
-    names = []
+def processes() -> dict[int, str]:
+    """The names of this process's descendants, without what Ray keeps."""
+    names = {}
     for process in psutil.Process().children(recursive=True):
-        try:
-            line = " ".join(process.cmdline())
-        except psutil.Error:
-            continue
-        if line and not any(own in line for own in RAY_S_OWN):
-            names.append(line.split()[0])
+        with contextlib.suppress(psutil.Error):
+            name = " ".join(process.cmdline()).split(" ")[0]
+            if name and not name.startswith(KEPT):
+                names[process.pid] = name
     return names
 
 
-def report() -> str:
-    found = sorted(processes())
-    return f"{placement_groups()} placement groups, {len(found)} processes"
+def report(ours: dict[int, str]) -> str:
+    here = {pid: name for pid, name in processes().items() if pid not in ours}
+    return f"{placement_groups()} placement groups, {len(here)} processes {sorted(here.values())}"
 
 
 def main() -> None:
@@ -104,8 +105,9 @@ def main() -> None:
                 return {}, 1.0, ""
             return real(trial, lambda epoch, last: told(replace(epoch, value=-float(trial.number)), last), stop)
 
-        print(f"before: {report()}", flush=True)
-        book = Counts(options.trials)
+        before = processes()
+        print(f"before: {report(before)}", flush=True)
+        book = Counts(options.trials, before)
         search = SearchConfig()
         run_trials(
             book,
@@ -119,9 +121,9 @@ def main() -> None:
             max_failures=0,
         )
         end = time.monotonic() + DEADLINE
-        while processes() and time.monotonic() < end:
+        while processes().keys() - before.keys() and time.monotonic() < end:
             time.sleep(0.5)
-        print(f"{book.statuses.count('pruned')} trials stopped early; left over: {report()} {sorted(processes())}")
+        print(f"{book.statuses.count('pruned')} trials stopped early; left over: {report(before)}")
         free, whole = ray.available_resources()["CPU"], ray.cluster_resources()["CPU"]
         print(f"free: {free:g} of {whole:g} CPUs")
 

@@ -21,7 +21,7 @@ from jem.methods import build_method
 from jem.search.launch import Told
 from jem.search.pictures import TITLES
 from jem.search.sampling import propose
-from jem.search.space import Settings, Space, varied
+from jem.search.space import Settings, Space, refusal, varied
 from jem.search.trials import ONLINE, Epoch, Objective, Trial
 from jem.tracking.runs import Tracker, stripped
 from jem.train.launch import Job, Trained, train
@@ -59,13 +59,13 @@ class Search:
         self.run_id: str = record["run_id"]
         self.storage = folder.path
         self.trials = {trial.number: trial for trial in known}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a trial that cannot begin ends while it is begun
         self._closed = False
         self._begun: set[int] = set()
         self._runs = tracker.children(self.run_id) if known else {}
         for trial in known:  # killed between the record and what MLflow is told
             run = self._runs.get(trial.name)
-            if trial.over and run is not None and "jem.trial" not in run.data.tags:
+            if trial.over and run is not None and run.data.tags.get("jem.trial") != trial.status:
                 self._track(trial)
 
     @property
@@ -75,17 +75,18 @@ class Search:
 
     def next(self) -> Trial | None:
         """The first that is not over and does not run."""
-        for number in range(self.count):
-            trial = self.trials.get(number)
-            if number in self._begun or (trial is not None and trial.over):
-                continue
-            self._begun.add(number)
-            if trial is None:
-                others = list(self.trials.values())
-                trial = Trial(number, propose(self.space, self.config.search, self.config.seed, number, others))
-            self.trials[number] = trial
-            if self._begin(trial):
-                return trial
+        with self._lock:
+            for number in range(self.count):
+                trial = self.trials.get(number)
+                if self._closed or number in self._begun or (trial is not None and trial.over):
+                    continue
+                self._begun.add(number)
+                if trial is None:
+                    others = list(self.trials.values())
+                    trial = Trial(number, propose(self.space, self.config.search, self.config.seed, number, others))
+                self.trials[number] = trial
+                if self._begin(trial):
+                    return trial
         return None
 
     def epoch(self, number: int, epoch: Epoch) -> None:
@@ -116,8 +117,9 @@ class Search:
                 if not trial.over:
                     trial.status = "stopped"
                     self._note(trial)
-                    self.tracker.set_tags(trial.run_id, {"jem.trial": "stopped"})
-                    self.tracker.finish(trial.run_id, "KILLED")
+                    if trial.run_id:
+                        self.tracker.finish(trial.run_id, "KILLED")
+                        self.tracker.set_tags(trial.run_id, {"jem.trial": "stopped"})
 
     def job(self, trial: Trial, work: Work) -> Job:
         """What the trial's training was given."""
@@ -130,10 +132,9 @@ class Search:
         try:
             config = varied(self.base, trial.settings)
             check_data(config, self.data)
-        except (ValidationError, InputError) as error:
-            config, problem = self.base, str(error).splitlines()[-1].strip()
-        else:
             problem = ""
+        except (ValidationError, InputError) as error:
+            config, problem = self.base, refusal(error) if isinstance(error, ValidationError) else str(error)
         named = config.model_copy(update={"name": trial.name, "storage": self.storage})
         stored = yaml.safe_dump(stripped(yaml.safe_load(dump_config(named))), sort_keys=False)
         if not trial.run_id and trial.name in self._runs:  # killed between MLflow's run and the record of it

@@ -25,6 +25,7 @@ from jem.search.trials import Objective, Trial, objective_of, ranked
 from jem.tracking.runs import Tracker, stripped
 from jem.train import checkpoint
 from jem.train.launch import Trained
+from jem.train.watch import Summary
 from pipelines.cluster import TRIAL_CPUS, Cluster, Placement, check_shared, connect, place
 from pipelines.command import main_for
 from pipelines.folder import RunFolder
@@ -260,7 +261,7 @@ def _trained(folder: RunFolder, trial: Trial) -> Trained:
     with tempfile.TemporaryDirectory() as scratch:
         folder.fetch(step, Path(scratch))
         state = checkpoint.load(Path(scratch))
-    summary = {"collapse": 0, "verdict": "not collapsed"}
+    summary: Summary = {"collapse": 0, "verdict": "not collapsed"}
     return Trained(state, summary, f"{folder.path}/{step}")
 
 

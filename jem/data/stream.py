@@ -167,7 +167,8 @@ def _manifest(blocks: list[pa.Table], block_bytes: int) -> ray.data.Dataset:
     """A data set with settings of its own, those of the process stay as they are; it makes blocks of `block_bytes`."""
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
-    manifest = from_blocks(blocks)  # `from_arrow` looks at each in a task of a whole CPU, which may not be free, ever
+    # `from_arrow` would look at each in a task of a whole CPU, which may never be free
+    manifest: ray.data.Dataset = from_blocks(blocks)
     context = manifest.context
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False

@@ -152,7 +152,7 @@ def _until_done(tuner: Tuner, stopper: _Stopper, book: Book) -> None:
 def _scheduler(search: SearchConfig, epochs: int, over: Sequence[Trial]) -> TrialScheduler:
     """ASHA that knows what went before."""
     if search.early_stop == "none":
-        return FIFOScheduler()
+        return FIFOScheduler()  # type: ignore[no-untyped-call]
     asha = ASHAScheduler(
         time_attr="epoch",
         metric="value",
@@ -162,11 +162,12 @@ def _scheduler(search: SearchConfig, epochs: int, over: Sequence[Trial]) -> Tria
         reduction_factor=search.reduction,
         stop_last_trials=False,
     )
+    nobody: Any = None
     for trial in over:
         past: Any = SimpleNamespace(trial_id=trial.name)
-        asha.on_trial_add(None, past)
+        asha.on_trial_add(nobody, past)
         for epoch in trial.epochs:
-            asha.on_trial_result(None, past, _compared(epoch))
+            asha.on_trial_result(nobody, past, _compared(epoch))
     return asha
 
 
@@ -202,11 +203,11 @@ class _Asking(_Unkept, Searcher):
         super().__init__()
         self._book = book
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
         del trial_id
         trial = self._book.next()
         if trial is None:
-            return str(Searcher.FINISHED)
+            return Searcher.FINISHED  # type: ignore[return-value]  # a word, whatever its signature says
         return {"number": trial.number, "trial": json.dumps(trial.to_json())}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -257,7 +258,7 @@ class _Stopper(_Unkept, Stopper):
 class _TrialActor(tune.Trainable):
     """One trial. Its training runs in a thread, so that Tune can stop it, and ends before the actor does."""
 
-    def setup(self, config: dict[str, Any], work: Work, patience: int) -> None:
+    def setup(self, config: dict[str, Any], work: Work, patience: int) -> None:  # type: ignore[override]  # with_parameters
         """Begin; what is known of a trial that goes on is reported again first, for ASHA."""
         self._trial = Trial.from_json(json.loads(config["trial"]))
         self._patience = patience

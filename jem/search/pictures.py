@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -26,7 +24,11 @@ TITLES: dict[Objective, str] = {"knn": "kNN", "linear": "linear probe", "rankme"
 TICKS = 5
 BEND = 24
 """Points of a line between two axes, which is curved so that lines that cross there can be told apart."""
-STYLES = {"finished": ("-", 1.8, 0.95), "pruned": (":", 1.2, 0.8), "collapsed": ("--", 1.2, 0.9)}
+STYLES: dict[str, tuple[Any, float, float]] = {
+    "finished": ("-", 1.8, 0.95),
+    "pruned": (":", 1.2, 0.8),
+    "collapsed": ("--", 1.2, 0.9),
+}
 """Line style, width and opacity."""
 BLUE, COLLAPSED = "#1f5fa8", "#c0392b"
 
@@ -46,7 +48,7 @@ def parallel_coordinates(space: Space, trials: Sequence[Trial], objective: Objec
     low, high = min(scores), max(scores)
     if low == high:
         low, high = low - 0.5, high + 0.5
-    colours = ScalarMappable(Normalize(low, high), mpl.colormaps["viridis"])
+    colours = mpl.colormaps["viridis"]
 
     figure = Figure(figsize=(max(6.0, 2.1 * (len(space) + 1) + 1.2), 4.4), layout="constrained")
     axes = figure.subplots()
@@ -58,7 +60,7 @@ def parallel_coordinates(space: Space, trials: Sequence[Trial], objective: Objec
     )
     for trial, score, row in sorted(zip(scored, scores, heights, strict=True), key=lambda each: each[1]):
         style, width, alpha = STYLES[trial.status]
-        colour = COLLAPSED if trial.status == "collapsed" else colours.to_rgba(score)
+        colour = COLLAPSED if trial.status == "collapsed" else colours((score - low) / (high - low))
         axes.plot(*_bent(row), color=colour, linestyle=style, linewidth=width, alpha=alpha)
     for position, (key, values) in enumerate(space.items()):
         _axis(axes, position, key, [(at, _number(value)) for at, value in _ticks(values)])

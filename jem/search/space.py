@@ -140,6 +140,13 @@ def drawn(values: Range, source: random.Random) -> Any:
     return min(max(round(value), int(low)), int(high)) if values.kind == "logint" else min(max(value, low), high)
 
 
+def refusal(error: ValidationError) -> str:
+    """What the schema says first against a configuration, in a line."""
+    detail = error.errors(include_url=False)[0]
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{message[:1].lower()}{message[1:]}"
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +172,7 @@ def _problems(base: PretrainConfig, key: str, values: Range) -> Iterator[str]:
             yield _unknown(base, key)
             return
         except ValidationError as error:
-            yield f"{where} {value!r:.60}: {_first(error)}"
+            yield f"{where} {value!r:.60}: {refusal(error)}"
             return
 
 
@@ -207,10 +214,4 @@ def _check_together(space: Space, base: PretrainConfig, search: SearchConfig) ->
             varied(base, settings)
         except ValidationError as error:
             words = ", ".join(f"{key} {value!r:.40}" for key, value in settings.items())
-            raise InputError(f"search.space: {words} cannot go together: {_first(error)}") from error
-
-
-def _first(error: ValidationError) -> str:
-    detail = error.errors(include_url=False)[0]
-    message = detail["msg"].removeprefix("Value error, ")
-    return f"{message[:1].lower()}{message[1:]}"
+            raise InputError(f"search.space: {words} cannot go together: {refusal(error)}") from error

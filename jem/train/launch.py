@@ -172,7 +172,7 @@ def train(
                 max_failures=config.cluster.max_failures, controller_failure_limit=max(config.cluster.max_failures, 0)
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
-            callbacks=[_Found(mailbox)],
+            callbacks=[_Found(mailbox)],  # type: ignore[list-item]  # as FailureConfig
         ),
     )
     total = job.plan().total_steps(config.train.epochs) * config.train.batch_size
