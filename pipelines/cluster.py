@@ -169,7 +169,9 @@ def check_shared(cluster: Cluster, storage: str, data: str) -> None:
     marker = f".jem-{uuid.uuid4().hex}"
     local = {"storage": storage, "data": data}
     local = {key: path for key, path in local.items() if "://" not in path}
+    made = "storage" in local and not Path(storage).exists()
     if "storage" in local:
+        Path(storage).mkdir(parents=True, exist_ok=True)
         (Path(storage) / marker).touch()
 
     @ray.remote(num_cpus=0)
@@ -197,3 +199,5 @@ def check_shared(cluster: Cluster, storage: str, data: str) -> None:
     finally:
         if "storage" in local:
             (Path(storage) / marker).unlink(missing_ok=True)
+        if made:
+            Path(storage).rmdir()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LOOPBACK = "127.0.0.1"
 REPOSITORY = Path(__file__).resolve().parents[1]
 START_SECONDS = 120.0
-STOP_SECONDS = 30.0
+STOP_SECONDS = 10.0
 BUCKET = "jem"
 
 
@@ -199,8 +199,10 @@ def _running(
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
-        for each in psutil.wait_procs(started, timeout=STOP_SECONDS)[1]:
+        process.kill()
+        for each in psutil.wait_procs(started, timeout=1)[1]:  # nobody waits for what a raylet would still do
             each.kill()
+        process.wait()
 
 
 def wait_for(

@@ -72,7 +72,9 @@ def test_a_job_that_is_stopped_says_so_and_goes_on_as_another_job(nodes, dataset
     command = ["python", "-m", "pipelines.pretrain", "--storage", str(runs)]
     given = ["--config", "run.yaml", "--data", str(dataset), "--name", "digits"]
     job = nodes.submit("first", *command, *given, cwd=clean, options=("--working-dir", "."))
-    wait_for(lambda: list((runs / "digits").glob("step-*/state.pt")), "a checkpoint", job, seconds=JOB_SECONDS)
+    kept = (runs / "digits").glob
+    wait_for(lambda: list(kept("step-*/state.pt")) or job.poll() is not None, "a checkpoint", seconds=JOB_SECONDS)
+    assert job.poll() is None, nodes.log("first")
     assert nodes.train_workers() == [1, 1]
     nodes.stop("first", cwd=clean)
     output = ended(job)
