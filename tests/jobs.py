@@ -48,13 +48,13 @@ SETTINGS: dict[str, Any] = {
     # one worker to a node of 2 CPUs
     "cluster": {"workers": 2, "cpus_per_worker": 1.5},
     "evaluation": {"knn": {"k": 10}, "online": {"every": 10, "bank": 500, "queries": 100}, "random_baseline": False},
-    "track": {"experiment": "jobs", "register_as": "digits", "alias": "champion"},
+    "track": {"experiment": "jobs", "register_as": "digits"},
 }
 SEARCH = {
     "train": {"epochs": 2, "batch_size": 100, "log_every": 2},
     "cluster": {"workers": 2, "cpus_per_worker": 0.5},
     "evaluation": {"knn": {"k": 10}, "online": {"every": 1, "bank": 500, "queries": 100}, "random_baseline": False},
-    "search": {"over": ["weights"], "trials": 4, "concurrent": 2},
+    "search": {"over": ["weights"], "trials": 3, "concurrent": 2},
     "track": {"experiment": "jobs", "register_as": "digits-tuned"},
 }
 
@@ -148,7 +148,7 @@ class Session:
         print(f"curve of train/loss: {len(steps)} points, steps {steps[0]} to {steps[-1]}, none twice: {once}\n")
         search = ("pipelines.tune", "--config", "search.yaml", *data, *storage, "--name", "search")
         self.run("tune", *search, options=sent)
-        encoder = ("--encoder", "models:/digits@champion")
+        encoder = ("--encoder", "models:/digits/1")
         self.run("evaluate", "pipelines.evaluate", *encoder, *data, "--evaluation.knn.k", "10")
         self.run("embed", "pipelines.embed", *encoder, "--data", f"{place}/test", "--out", f"{place}/embedded")
         self.run("no-data", "pipelines.pretrain", "--data", f"{place}/nosuch", wanted=("FAILED", 2))
