@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,6 +90,9 @@ def connect(config: ClusterConfig, *, dashboard: bool = False) -> Iterator[Clust
         else:
             os.environ.setdefault(*KEEP_IDLE)
             ray.init(include_dashboard=dashboard, logging_level=logging.ERROR, log_to_driver=False)
+        if threading.current_thread() is threading.main_thread():
+            # Ray's own writes a C++ stack into the log first; the handler that it gave Python only ends the process
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     try:
         yield _look()
     finally:

@@ -80,7 +80,8 @@ class Nodes:
 
     def ending(self, name: str) -> str:
         """How Ray saw a job's driver end."""
-        return next(self.folder.glob(f"session_2*/logs/jobs/supervisor-{name}.log")).read_text().splitlines()[-1]
+        log = next(self.folder.glob(f"session_2*/logs/jobs/supervisor-{name}.log")).read_text()
+        return log.splitlines()[-1].partition(" job_id=")[0]
 
     def train_workers(self) -> list[int]:
         """How many train workers each worker node runs."""

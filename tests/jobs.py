@@ -44,10 +44,10 @@ SETTINGS: dict[str, Any] = {
     "method": {"name": "vicreg", "expander": [128, 128]},
     "optimizer": {"name": "adamw", "lr": 0.004},
     "schedule": {"warmup_epochs": 1},
-    "train": {"epochs": 20, "batch_size": 100, "log_every": 2, "checkpoint_every": 10, "keep_checkpoints": 2},
+    "train": {"epochs": 10, "batch_size": 100, "log_every": 2, "checkpoint_every": 10, "keep_checkpoints": 2},
     # one worker to a node of 2 CPUs
     "cluster": {"workers": 2, "cpus_per_worker": 1.5},
-    "evaluation": {"knn": {"k": 10}, "online": {"every": 10, "bank": 500, "queries": 100}, "random_baseline": False},
+    "evaluation": {"knn": {"k": 10}, "online": {"every": 5, "bank": 500, "queries": 100}, "random_baseline": False},
     "track": {"experiment": "jobs", "register_as": "digits"},
 }
 SEARCH = {
@@ -81,7 +81,7 @@ class Seen:
     as_wanted: bool
 
 
-NOISE = re.compile(r"\r|\(pid=|\(raylet|Traceback|^\[?\d{4}-\d\d-\d\d|WARNING|Warning|^E\d{4}|\x1b")
+NOISE = re.compile(r"\r|\(pid=|\(raylet|Traceback|\*\*\*|🏃|^\[?\d{4}-\d\d-\d\d|WARNING|Warning|^E\d{4}|\x1b")
 
 
 class Session:
@@ -117,7 +117,7 @@ class Session:
         wait_for(over, f"the end of {name}", seconds=JOB_SECONDS)
         about, log = self.nodes.about(name), self.nodes.log(name)
         lines = log.splitlines()
-        odd = [line for line in log.split("\n") if NOISE.search(line) and "Running entrypoint" not in line]
+        odd = [line for line in log.split("\n") if NOISE.search(line) and "Runtime env is" not in line]
         seen = Seen(
             name, time.monotonic() - began, job.returncode, about["status"], about.get("driver_exit_code"), len(lines),
             odd, lines[-1], workers, as_wanted=not odd and (about["status"], about.get("driver_exit_code")) == wanted,
