@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -88,6 +90,9 @@ def connect(config: ClusterConfig, *, dashboard: bool = False) -> Iterator[Clust
         else:
             os.environ.setdefault(*KEEP_IDLE)
             ray.init(include_dashboard=dashboard, logging_level=logging.ERROR, log_to_driver=False)
+        if threading.current_thread() is threading.main_thread():
+            # Ray's own writes a C++ stack into the log first; the handler that it gave Python only ends the process
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     try:
         yield look()
     finally:
@@ -109,6 +114,8 @@ def _join(address: str) -> None:
     """Connect to a running cluster; a host that does not answer is found out before Ray begins to retry."""
     target = urlsplit(address if "://" in address else f"gcs://{address}")
     advice = "check cluster.address and RAY_ADDRESS, or leave both out to run on this machine"
+    # what this process's C++ half would write into a job's log; the cluster's own processes keep theirs
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         if target.hostname and target.port:
             socket.create_connection((target.hostname, target.port), CONNECT_SECONDS).close()

@@ -1,7 +1,7 @@
 """The `jem` command, and the way every `python -m pipelines.JOB` starts.
 
 A job is a function that takes its configuration object; this file finds it, reads its configuration, runs it, and
-turns errors into one line and an exit status: 0, 1 (the job failed), 2 (bad input), 130 (interrupted).
+turns errors into one line and an exit status: 0, 1 (the job failed), 2 (bad input), 130 (interrupted), 143 (SIGTERM).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from jem.errors import InputError, RunError
 from pipelines.settings import dump_config, load_config, recipe_names, recipe_text
 
 __all__ = ["dump_config", "load_config", "main", "main_for", "run_job"]
+
+TERMINATED = 128 + signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,11 @@ def _run(job: Job, argv: Sequence[str]) -> int:
         config = load_config(job.schema, argv, prog=prog, positional=job.positional)
         result = _function(job)(config)
         sys.stdout.flush()
-    except SystemExit as stop:  # after --help
-        return stop.code if isinstance(stop.code, int) else 1
+    except SystemExit as stop:
+        if stop.code == signal.SIGTERM:  # what Ray makes of the signal
+            print(f"{prog}: stopped", file=sys.stderr)
+            return TERMINATED
+        return stop.code if isinstance(stop.code, int) else 1  # after --help
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130

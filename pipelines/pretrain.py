@@ -264,11 +264,15 @@ def _ending(tracker: Tracker, folder: RunFolder, record: dict[str, Any]) -> Iter
         status, ended = "KILLED", "stopped"
         raise
     finally:
-        tracker.finish(record["run_id"], status)  # type: ignore[arg-type]
         try:
             folder.note(record | {"status": ended})
         except OSError as error:  # a full storage ended the run: its own reason says so
             print(f"warning: {folder.name} could not be noted as {ended} ({error})", file=sys.stderr, flush=True)
+        if ended == "stopped":
+            where = f"--resume {folder.name} --storage {folder.storage}"
+            print(f"run {folder.name}: stopped; go on with {where}", file=sys.stderr, flush=True)
+        # last: a server that is away is asked for minutes, and who stops a job may give it seconds
+        tracker.finish(record["run_id"], status)  # type: ignore[arg-type]
 
 
 # --- after --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from jem.data.shards import WorkPlan, read_plan
-from jem.data.storage import FINISHED, UNFINISHED, absolute, exists, one_line, resolve, written
+from jem.data.storage import FINISHED, UNFINISHED, exists, folder_uri, one_line, resolve, written
 from jem.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ class Destination:
     """A folder or URI for a data set.
 
     Raises:
-        InputError: It is a URI that nothing opens.
+        InputError: It is a URI that nothing opens, or one with options.
     """
 
     def __init__(self, dest: str) -> None:
-        self.uri = absolute(dest).rstrip("/")
+        self.uri = folder_uri(dest)
         self.work = f"{self.uri}/{UNFINISHED}"
         self.filesystem, self.path = resolve(self.uri)
         self._here = f"{self.path}/{UNFINISHED}"

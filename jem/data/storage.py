@@ -28,6 +28,20 @@ def absolute(uri: str) -> str:
     return uri if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
+def folder_uri(uri: str) -> str:
+    """The absolute path, or the URI, of a folder that is to be written in.
+
+    Raises:
+        InputError: A URI with options, which would come before the names of the files in it.
+    """
+    if "://" in uri and "?" in uri:
+        raise InputError(
+            f"{uri} has options after the ?, which a folder to write in cannot have: give a store's address and "
+            "credentials in the environment of all nodes (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...)"
+        )
+    return absolute(uri).rstrip("/")
+
+
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     """Find the file system and the path in it: Arrow's own file systems first, then fsspec's.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import getpass
 import json
 import logging
+import os
 import re
 import threading
 import time
@@ -50,6 +51,8 @@ class Tracker:
     """
 
     def __init__(self, track: TrackConfig) -> None:
+        # of a server it would print two addresses when a run ends: `where` says it
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         self.uri = store_uri(track.uri)
         self.client: MlflowClient = connect(self.uri)
         self._experiment = track.experiment
