@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,8 @@ from jem.config import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, TrackConfig
 from jem.data.fetch import fetch
 from jem.data.index import open_index
 from jem.data.read import read_rows
-from jem.data.sources import list_source
+from jem.data.shards import ShardSettings, WorkPlan
+from jem.data.sources import Source, list_source
 from jem.encoder import MANIFEST, WEIGHTS, Encoder, EncoderInfo, save_encoder
 from jem.errors import InputError, RunError
 from jem.models.backbones import build_backbone
@@ -125,7 +127,7 @@ def test_members_of_a_tar_lead_nowhere_else(tmp_path: Path) -> None:
     [
         pytest.param(header(*LONG, 2**42), id="a name of terabytes"),
         pytest.param(member(*LONG, data=b"x.png\0") * 1200, id="names upon names"),
-        pytest.param(header("back.txt", tarfile.REGTYPE, -2 * tarfile.BLOCKSIZE), id="a size below zero"),
+        pytest.param(header("back.txt", tarfile.REGTYPE, -tarfile.BLOCKSIZE), id="a size below zero"),
     ],
 )
 def test_a_tar_cannot_take_the_memory_or_the_stack_or_run_in_circles(tmp_path: Path, damage: bytes) -> None:
@@ -403,7 +405,7 @@ SECRET = "Xk7/s3cr3t+Q"
         ["preview", f"https://user:{SECRET}@127.0.0.1:PORT/a.parquet", "out.png"],
         ["pretrain", "--data", f"http://127.0.0.1:PORT/a.parquet?X-Amz-Signature={SECRET}"],
         ["pretrain", "--data", "DIGITS", "--storage", f"nosuch://user:{SECRET}@host/runs"],
-        ["pretrain", "--data", "DIGITS", "--seed", f"s3://{'k' * 40}:{SECRET}@bucket"],
+        ["pretrain", "--data", "DIGITS", "--seed", f"s3://{'k' * 45}:{SECRET}@bucket"],
         ["pretrain", "--data", "DIGITS", "--storag", f"s3://user:{SECRET}@bucket"],
         ["encoders", "list", "--track.uri", f"http://user:{SECRET}@127.0.0.1:PORT"],
         ["encoders", "list", "--track.uri", f"postgresql://user:{SECRET}@127.0.0.1:PORT/mlflow"],
@@ -428,13 +430,23 @@ def test_no_error_shows_a_credential(
         assert part not in shown
 
 
+def test_the_plan_of_an_ingest_is_stored_without_a_credential() -> None:
+    source = Source("flat", f"s3://KEY:{SECRET}@bucket/images?region=eu")
+    plan = WorkPlan(source, "digest", ShardSettings(0, None, 1, 1, 1, 1), (0,), 1)
+    assert WorkPlan.from_json(plan.to_json()) == replace(
+        plan, source=replace(source, uri="s3://bucket/images?region=eu")
+    )
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_no_credential_is_written_or_printed_by_a_whole_run(
     digits_dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Every URI carries one; then all that the jobs printed and wrote is searched for it."""
+    """Every URI carries one; then all that the jobs printed and wrote is searched for it, Ray's logs too."""
+    import ray
+
     secret = "Xk7s3cr3tQ"
     query = f"?access_token={secret}"
     data, out = f"file://{tmp_path}/set{query}", tmp_path / "embeddings"
@@ -444,7 +456,7 @@ def test_no_credential_is_written_or_printed_by_a_whole_run(
     small += ["--method.expander", "[32, 32]", "--train.batch_size", "64", "--train.epochs", "1", "--limit", "128"]
     jobs = [
         ["ingest", f"file://{tmp_path}/source{query}", f"{tmp_path}/set"],
-        ["pretrain", "--data", data, "--storage", f"file://{tmp_path}/runs", "--name", "one", *small, *store],
+        ["pretrain", "--data", data, "--storage", f"file://{tmp_path}/runs{query}", "--name", "one", *small, *store],
         ["encoders", "show", "models:/vicreg-resnet18/1", *store],
         ["embed", "--encoder", "models:/vicreg-resnet18/1", "--data", data, "--out", str(out), "--limit", "64", *store],
     ]
@@ -453,7 +465,9 @@ def test_no_credential_is_written_or_printed_by_a_whole_run(
     shown = "".join(capfd.readouterr())
     assert f"file://{tmp_path}/set" in shown
     assert secret not in shown
-    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    assert list(logs.glob("worker-*"))
+    files = [file for folder in (tmp_path, logs) for file in folder.rglob("*") if file.is_file()]
     assert {"config.yaml", "run.json", "mlflow.db", MANIFEST, "_jem.json"} <= {file.name for file in files}
     assert [str(file) for file in files if secret.encode() in file.read_bytes()] == []
 
