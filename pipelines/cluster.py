@@ -173,24 +173,18 @@ def check_shared(cluster: Cluster, storage: str, data: str) -> None:
     """
     if len(cluster.nodes) < 2:
         return
-    marker = f".jem-{uuid.uuid4().hex}"
-    local = {"storage": storage, "data": data}
-    local = {key: path for key, path in local.items() if "://" not in path}
-    made = "storage" in local and not Path(storage).exists()
-    if "storage" in local:
-        Path(storage).mkdir(parents=True, exist_ok=True)
-        (Path(storage) / marker).touch()
+    local = {key: path for key, path in {"storage": storage, "data": data}.items() if "://" not in path}
+    with _marked(local.get("storage")) as marker:
 
-    @ray.remote(num_cpus=0)
-    def missing() -> list[str]:
-        lost = []
-        if "storage" in local and not (Path(storage) / marker).exists():
-            lost.append(f"storage {storage}")
-        if "data" in local and not Path(data.partition("*")[0]).exists() and not Path(data).parent.exists():
-            lost.append(f"data {data}")
-        return lost
+        @ray.remote(num_cpus=0)
+        def missing() -> list[str]:
+            lost = []
+            if marker is not None and not marker.exists():
+                lost.append(f"storage {storage}")
+            if "data" in local and not Path(data.partition("*")[0]).exists() and not Path(data).parent.exists():
+                lost.append(f"data {data}")
+            return lost
 
-    try:
         for node in cluster.nodes:
             strategy = NodeAffinitySchedulingStrategy(node.id, soft=False)
             try:
@@ -203,8 +197,21 @@ def check_shared(cluster: Cluster, storage: str, data: str) -> None:
                 raise InputError(
                     f"node {node.id[:8]} does not see {' and '.join(lost)}: use a folder that all nodes share, or a URI"
                 )
+
+
+@contextlib.contextmanager
+def _marked(folder: str | None) -> Iterator[Path | None]:
+    """A file in the folder, which is made for it if there is none, and gone afterwards as before."""
+    if folder is None:
+        yield None
+        return
+    made = not Path(folder).exists()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    marker = Path(folder) / f".jem-{uuid.uuid4().hex}"
+    marker.touch()
+    try:
+        yield marker
     finally:
-        if "storage" in local:
-            (Path(storage) / marker).unlink(missing_ok=True)
+        marker.unlink(missing_ok=True)
         if made:
-            Path(storage).rmdir()
+            Path(folder).rmdir()
