@@ -141,7 +141,10 @@ def _axis(axes: Axes, position: int, title: str, ticks: Sequence[tuple[float, st
     axes.text(position, 1.07, title, ha="center", fontsize=10)
     for at, label in ticks:
         axes.plot([position - 0.02, position], [at, at], color="0.6", linewidth=0.8, zorder=0)
-        axes.text(position - 0.04, at, label, ha="right", va="center", fontsize=8, color="0.25")
+        label_box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
+        axes.text(
+            position - 0.04, at, label, ha="right", va="center", fontsize=8, color="0.25", zorder=3, bbox=label_box
+        )
 
 
 def _bent(heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
