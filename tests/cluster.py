@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LOOPBACK = "127.0.0.1"
 REPOSITORY = Path(__file__).resolve().parents[1]
 START_SECONDS = 120.0
-STOP_SECONDS = 10.0
+STOP_SECONDS = 3.0
 BUCKET = "jem"
 
 
@@ -157,7 +157,7 @@ def mlflow_server(folder: Path, artifacts: str, settings: Mapping[str, str]) -> 
     command = [sys.executable, "-m", "mlflow", "server", f"--host={LOOPBACK}", f"--port={port}", "--workers=1"]
     command += [f"--backend-store-uri=sqlite:///{folder / 'mlflow.db'}", f"--artifacts-destination={artifacts}"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    environment |= {"MLFLOW_DISABLE_TELEMETRY": "true", **settings}
+    environment |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **settings}
     log = folder / "mlflow.log"
     with _running(command, environment, folder, log) as process:
         uri = f"http://{LOOPBACK}:{port}"

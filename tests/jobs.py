@@ -44,10 +44,10 @@ SETTINGS: dict[str, Any] = {
     "method": {"name": "vicreg", "expander": [128, 128]},
     "optimizer": {"name": "adamw", "lr": 0.004},
     "schedule": {"warmup_epochs": 1},
-    "train": {"epochs": 10, "batch_size": 100, "log_every": 2, "checkpoint_every": 10, "keep_checkpoints": 2},
+    "train": {"epochs": 6, "batch_size": 100, "log_every": 2, "checkpoint_every": 10, "keep_checkpoints": 2},
     # one worker to a node of 2 CPUs
     "cluster": {"workers": 2, "cpus_per_worker": 1.5},
-    "evaluation": {"knn": {"k": 10}, "online": {"every": 5, "bank": 500, "queries": 100}, "random_baseline": False},
+    "evaluation": {"knn": {"k": 10}, "online": {"every": 3, "bank": 500, "queries": 100}, "random_baseline": False},
     "track": {"experiment": "jobs", "register_as": "digits"},
 }
 SEARCH = {
