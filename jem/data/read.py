@@ -265,8 +265,10 @@ class Rows:
                 if not self._replace:
                     raise RunError(self._undecodable(at, error)) from error
             size[number] = self._substitute(at, canvas, pixel_limit, image[number])
-        arrays = {"image": image, "size": size, "id": self._id[low:high], "label": self._label[low:high]}
-        return arrays | ({"lost": self._lost[low:high]} if self._replace else {})
+        arrays: Arrays = {"image": image, "size": size, "id": self._id[low:high], "label": self._label[low:high]}
+        if self._replace:
+            arrays["lost"] = self._lost[low:high]
+        return arrays
 
     def _substitute(self, at: int, canvas: int, pixel_limit: int, out: np.ndarray) -> tuple[int, int]:
         """Put another image in place of a lost one, with its id and label; returns its height and width."""

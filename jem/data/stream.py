@@ -266,7 +266,7 @@ class _ViewMaker:
         made = self._make(batch, Position(int(row["epoch"][0]), int(row["step"][0])))
         views = [view.float().permute(0, 2, 3, 1).cpu().contiguous().numpy() for view in made.views]
         masks = {f"mask_{n}": mask.cpu().numpy()[None] for n, (_, mask) in enumerate(made) if mask is not None}
-        kept = {name: row[name] for name in ("id", "label", "lost", "epoch", "step") if name in row}
+        kept: Arrays = {name: row[name] for name in ("id", "label", "lost", "epoch", "step") if name in row}
         return {**{f"view_{number}": view[None] for number, view in enumerate(views)}, **masks, **kept}
 
 
