@@ -33,6 +33,7 @@ from jem.config import AugmentConfig, BlurConfig, JitterConfig, StreamConfig, Vi
 from jem.data.index import Index, open_index
 from jem.data.plan import Plan, Position
 from jem.data.stream import ray_batches
+from jem.device import use_cpu
 
 BATCH = 256
 CPU = torch.device("cpu")
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=["cifar10", "photos", "kornia"])
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    use_cpu(torch.get_num_threads())  # as a train worker does
     if "kornia" in arguments.what:
         in_memory(CPU, BATCH, 32, 32, 8, arguments.rounds)
         in_memory(CPU, 64, 256, 224, 1, arguments.rounds)

@@ -31,6 +31,7 @@ from jem.config import PretrainConfig
 from jem.data.index import Index, open_index
 from jem.data.plan import Plan, Position
 from jem.data.stream import ray_batches
+from jem.device import use_cpu
 from jem.methods import build_method
 from jem.train.checkpoint import State
 from jem.train.loop import fit
@@ -183,6 +184,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    use_cpu(torch.get_num_threads())  # as a train worker does
     cifar = str((SHARED / "cifar10/train").resolve())
     with own_ray(), memory_folder() as folder:
         small = ("vicreg-cifar10-cpu", "--cluster.workers", "1")

@@ -13,10 +13,10 @@ import json
 import shutil
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from jem import __version__
 from jem.augment.views import centre_view
 from jem.config import BackboneConfig
+from jem.config.networks import LIBRARIES
+from jem.credentials import stripped, without_credentials
 from jem.errors import InputError
 from jem.models.backbones import build_backbone
 
@@ -35,14 +37,19 @@ FORMAT = 1
 
 
 class EncoderInfo(BaseModel):
-    """Where an encoder comes from: what is stored beside its weights and becomes the registered version's tags."""
+    """Where an encoder comes from: what is stored beside its weights and becomes the registered version's tags.
+
+    URIs in `data` and `config` lose their credentials.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: str = Field(description="name of the method, such as vicreg")
-    data: str = Field(description="the data set that it was trained on")
+    data: Annotated[str, AfterValidator(without_credentials)] = Field(description="the data set that it was trained on")
     metrics: dict[str, float] = Field(default={}, description="such as knn and linear, accuracies in [0, 1]")
-    config: dict[str, Any] = Field(default={}, description="the run's resolved configuration")
+    config: Annotated[dict[str, Any], AfterValidator(stripped)] = Field(
+        default={}, description="the run's resolved configuration"
+    )
 
 
 class EncoderManifest(BaseModel):
@@ -53,7 +60,7 @@ class EncoderManifest(BaseModel):
     format: int = FORMAT
     jem: str = __version__
     architecture: BackboneConfig
-    input_size: PositiveInt
+    input_size: Annotated[int, Field(gt=0, le=4096)]
     mean: tuple[float, float, float]
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     dimensions: PositiveInt
@@ -206,7 +213,7 @@ def read_manifest(folder: str | Path) -> EncoderManifest:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"no encoder at {folder}: there is no {MANIFEST}; give the folder that holds it") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path}: {error}; get the encoder again") from error
     made_by = content.get("jem", "unknown") if isinstance(content, dict) else "unknown"
     try:
@@ -232,7 +239,7 @@ def read_encoder(folder: str | Path) -> Encoder:
 
     Raises:
         InputError: a file is missing, the weights do not have the checksum that was written with them, or the
-            architecture is unknown.
+            architecture is unknown or not the weights'.
     """
     manifest = read_manifest(folder)
     path = Path(folder) / WEIGHTS
@@ -250,8 +257,33 @@ def read_encoder(folder: str | Path) -> Encoder:
         weights = safetensors.load(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise InputError(f"{path} is not a safetensors file ({error}); get the encoder again") from error
+    _check_shapes(manifest.architecture, weights)
     backbone = _rebuild(manifest.architecture, weights)
-    return Encoder(backbone, manifest.architecture, manifest.input_size, manifest.mean, manifest.std).eval()
+    encoder = Encoder(backbone, manifest.architecture, manifest.input_size, manifest.mean, manifest.std).eval()
+    if encoder.dim != manifest.dimensions:
+        raise InputError(
+            f"{folder}: {MANIFEST} says {manifest.dimensions} dimensions, the network has {encoder.dim}; "
+            "get the encoder again"
+        )
+    return encoder
+
+
+def _check_shapes(architecture: BackboneConfig, weights: dict[str, Tensor]) -> None:
+    """Refuse an architecture that is not the weights', before memory is taken for what may be of any size."""
+    try:
+        with torch.device("meta"):
+            named = build_backbone(architecture).state_dict()
+    except (RuntimeError, TypeError) as error:  # more elements than torch can count
+        if architecture.name.startswith(LIBRARIES):  # one that looks at its values while it is built
+            return
+        raise InputError(f"{architecture.in_words} is too large to be built; get the encoder again") from error
+    for name in [*named, *weights]:
+        there, wanted = (tuple(each[name].shape) if name in each else "absent" for each in (weights, named))
+        if there != wanted:
+            raise InputError(
+                f"these are not the weights of {architecture.in_words}: {name} is {there}, not {wanted}; "
+                "get the encoder again"
+            )
 
 
 def _rebuild(architecture: BackboneConfig, weights: dict[str, Tensor]) -> nn.Module:

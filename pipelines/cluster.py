@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -66,11 +68,16 @@ class Placement:
     """Decode tasks at a time per train worker."""
 
 
+TRIAL_CPUS = 0.01
+"""CPUs that the actor beside each training of a search reserves: it waits most of the time."""
+
+
 @contextlib.contextmanager
-def connect(config: ClusterConfig) -> Iterator[Cluster]:
+def connect(config: ClusterConfig, *, dashboard: bool = False) -> Iterator[Cluster]:
     """Join the cluster at `address` (or RAY_ADDRESS), or start a Ray of its own that ends with the block.
 
-    A Ray that this process is connected to already is used and left as it is.
+    A Ray that this process is connected to already is used and left as it is. The `dashboard` answers what Ray Train
+    asks when a training's driver died: whether to give back what it held.
 
     Raises:
         InputError: No cluster answers at the address.
@@ -82,7 +89,10 @@ def connect(config: ClusterConfig) -> Iterator[Cluster]:
             _join(address)
         else:
             os.environ.setdefault(*KEEP_IDLE)
-            ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(include_dashboard=dashboard, logging_level=logging.ERROR, log_to_driver=False)
+        if threading.current_thread() is threading.main_thread():
+            # Ray's own writes a C++ stack into the log first; the handler that it gave Python only ends the process
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     try:
         yield look()
     finally:
@@ -104,6 +114,8 @@ def _join(address: str) -> None:
     """Connect to a running cluster; a host that does not answer is found out before Ray begins to retry."""
     target = urlsplit(address if "://" in address else f"gcs://{address}")
     advice = "check cluster.address and RAY_ADDRESS, or leave both out to run on this machine"
+    # what this process's C++ half would write into a job's log; the cluster's own processes keep theirs
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         if target.hostname and target.port:
             socket.create_connection((target.hostname, target.port), CONNECT_SECONDS).close()
@@ -119,11 +131,12 @@ def place(
     cluster: Cluster,
     pool_cpus: float = 0.0,
     worlds: Sequence[int] | None = None,
+    trials: int | None = None,
 ) -> Placement:
     """Check that train workers and their decode tasks fit, and share out the CPUs that are left for decoding.
 
     `pool_cpus` are the CPUs that each worker's augmentation actors take. Of an elastic run `worlds` are the numbers of
-    workers that it may have, from the least, which must fit.
+    workers that it may have, from the least, which must fit. `trials` are the trainings of a search that run at a time.
 
     Raises:
         InputError: They do not fit; the message says what the cluster has and what was asked for.
@@ -133,25 +146,31 @@ def place(
     fits = sum(
         int(min(node.cpus // config.cpus_per_worker, node.gpus if gpu else float("inf"))) for node in cluster.nodes
     )
-    each = config.cpus_per_worker + pool_cpus
-    workers = max(
-        (world for world in worlds if world <= fits and world * (each + stream.decode_cpus) <= cluster.cpus + 1e-9),
+    each, times = config.cpus_per_worker + pool_cpus, trials or 1
+    cpus = cluster.cpus - (trials or 0) * TRIAL_CPUS
+    workers = times * max(
+        (
+            world
+            for world in worlds
+            if times * world <= fits and times * world * (each + stream.decode_cpus) <= cpus + 1e-9
+        ),
         default=worlds[0],
     )
     asked = f"{workers} workers x {config.cpus_per_worker:g} CPUs" + (" and 1 GPU" if gpu else "")
-    setting = "cluster.workers" if config.min_workers is None else "cluster.min_workers"
+    lower = "lower " + ("search.concurrent, " if trials is not None else "")
+    lower += "cluster.workers" if config.min_workers is None else "cluster.min_workers"
     if fits < workers:
         raise InputError(
-            f"the cluster has {cluster}, which holds {fits} of {asked}: lower {setting}"
+            f"the cluster has {cluster}, which holds {fits} of {asked}: {lower}"
             + (" or set cluster.gpu false" if gpu else " or cluster.cpus_per_worker")
             + ", or add nodes"
         )
-    left = cluster.cpus - workers * each
+    left = cpus - workers * each
     tasks = int(left / workers / stream.decode_cpus + 1e-9)
     if tasks < 1:
         raise InputError(
             f"the cluster has {cluster}; {asked} leave {max(left, 0):g} CPUs for decoding, which needs "
-            f"{stream.decode_cpus:g} per worker: lower {setting}, cluster.cpus_per_worker or stream.decode_cpus"
+            f"{stream.decode_cpus:g} per worker: {lower}, cluster.cpus_per_worker or stream.decode_cpus"
         )
     # One more than CPUs: it works while another's successor is being started (2 cores, photographs: 879 images/s with
     # 2 tasks, 1111 with 3, 1073 with 4). They reserve less than a CPU so that a small machine can hold them.

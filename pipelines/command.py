@@ -1,26 +1,31 @@
 """The `jem` command, and the way every `python -m pipelines.JOB` starts.
 
 A job is a function that takes its configuration object; this file finds it, reads its configuration, runs it, and
-turns errors into one line and an exit status: 0, 1 (the job failed), 2 (bad input), 130 (interrupted).
+turns errors into one line and an exit status: 0, 1 (the job failed), 2 (bad input), 130 (interrupted), 143 (SIGTERM).
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import jem
 from jem import config as schema
+from jem.credentials import without_credentials
 from jem.errors import InputError, RunError
 from pipelines.settings import dump_config, load_config, recipe_names, recipe_text
 
 __all__ = ["dump_config", "load_config", "main", "main_for", "run_job"]
+
+TERMINATED = 128 + signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ JOBS = (
     Job("ingest", "pipelines.ingest:ingest", "IngestConfig", ("source", "dest")),
     Job("preview", "pipelines.preview:preview", "PreviewConfig", ("data", "out")),
     Job("pretrain", "pipelines.pretrain:pretrain", "PretrainConfig"),
+    Job("tune", "pipelines.tune:tune", "TuneConfig"),
     Job("evaluate", "pipelines.evaluate:evaluate", "EvaluateConfig"),
     Job("embed", "pipelines.embed:embed", "EmbedConfig"),
     Job("encoders list", "pipelines.encoders:list_encoders", "EncodersListConfig"),
@@ -89,13 +95,34 @@ def run_job(words: str, argv: Sequence[str]) -> int:
     The job's result may have an `exit_status` of its own (`jem doctor`: 1 where something is broken).
     """
     job = next(job for job in JOBS if job.words == words)
-    prog = f"jem {words}"
+    with contextlib.redirect_stdout(_Shown(sys.stdout)), contextlib.redirect_stderr(_Shown(sys.stderr)):
+        return _run(job, argv)
+
+
+class _Shown:
+    """An output that URIs pass without their credentials: it ends up in the logs of the cluster."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(without_credentials(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _run(job: Job, argv: Sequence[str]) -> int:
+    prog = f"jem {job.words}"
     try:
         config = load_config(job.schema, argv, prog=prog, positional=job.positional)
         result = _function(job)(config)
         sys.stdout.flush()
-    except SystemExit as stop:  # after --help
-        return stop.code if isinstance(stop.code, int) else 1
+    except SystemExit as stop:
+        if stop.code == signal.SIGTERM:  # what Ray makes of the signal
+            print(f"{prog}: stopped", file=sys.stderr)
+            return TERMINATED
+        return stop.code if isinstance(stop.code, int) else 1  # after --help
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130

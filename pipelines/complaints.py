@@ -9,6 +9,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from jem.credentials import without_credentials
+
 Layer = dict[str, Any]
 """Nested settings, as YAML holds them."""
 
@@ -102,8 +104,9 @@ def _line(
         return f"{path}.name cannot be {context['tag']!r}: {hint}"
     if not path:
         return message
-    given = error["input"]
-    shown = "" if isinstance(given, dict | BaseModel) or kind == "value_error" else f" {given!r:.60}"
+    composite = isinstance(error["input"], dict | BaseModel)
+    given = without_credentials(repr(error["input"]))  # before it is cut
+    shown = "" if composite or kind == "value_error" else f" {given:.60}"
     return f"{path}{shown}: {message[:1].lower()}{message[1:]}"
 
 

@@ -260,7 +260,7 @@ def _storage(config: DoctorConfig) -> Iterator[Check]:
 
 
 def _tracking(config: DoctorConfig) -> Iterator[Check]:
-    from jem.tracking.store import connect, sqlite_file, store_uri, without_credentials
+    from jem.tracking.store import connect, sqlite_file, store_uri
 
     try:
         uri = store_uri(config.track.uri)
@@ -276,7 +276,7 @@ def _tracking(config: DoctorConfig) -> Iterator[Check]:
     except InputError as error:
         yield Check("MLflow", "problem", str(error), "--track.uri or MLFLOW_TRACKING_URI names the store")
     else:
-        yield Check("MLflow", "ok", f"{without_credentials(uri)} answers")
+        yield Check("MLflow", "ok", f"{uri} answers")
 
 
 def _ray(config: DoctorConfig) -> Iterator[Check]:

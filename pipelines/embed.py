@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from jem.credentials import stripped
 from pipelines.command import main_for
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ def embed(config: EmbedConfig) -> EmbedResult:
     from jem.data.storage import absolute
     from jem.evaluate.extract import DEADLINE, encode, stream_of, within
     from jem.tracking.registry import load_encoder, show
-    from jem.tracking.store import without_credentials
     from pipelines.cluster import connect
 
     out = absolute(config.out)
@@ -48,9 +48,9 @@ def embed(config: EmbedConfig) -> EmbedResult:
     encoder = load_encoder(uri, config.track)
     index = open_index(config.data, config.limit)
     about = {
-        "encoder": without_credentials(uri),
+        "encoder": uri,
         "sha256": manifest.sha256,
-        "data": without_credentials(index.uri),
+        "data": index.uri,
         "dimensions": manifest.dimensions,
         "classes": index.classes,
     }
@@ -59,7 +59,7 @@ def embed(config: EmbedConfig) -> EmbedResult:
         stream = stream_of(manifest.info.config, config.stream)  # other canvases would give other features
         rows = encode(encoder, index, stream, config.batch_size, config.actors, gpu=gpu)
         blocks = _counted(within(rows, DEADLINE), index)
-        written = write_embeddings(blocks, out, manifest.dimensions, about, overwrite=config.overwrite)
+        written = write_embeddings(blocks, out, manifest.dimensions, stripped(about), overwrite=config.overwrite)
     result = EmbedResult(out, uri, written.rows, manifest.dimensions, written.shards)
     print(f"{out}: {result.images:,} embeddings of {result.dimensions} numbers by {uri}, in {result.shards} file(s)")
     return result

@@ -96,7 +96,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             picture = projection(features.features.numpy(), features.labels.numpy(), test.classes, config.seed)
             tracker.log_figure(run_id, picture, "features.png")
             status = "FINISHED"
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
             raise
         finally:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 import jem
 from jem.config import PretrainConfig
+from jem.credentials import stripped
 from jem.data.cache import check_cache, fill
 from jem.data.index import Index, open_index
 from jem.data.read import count_classes, read_rows
@@ -30,7 +31,7 @@ from jem.evaluate.judge import judge
 from jem.methods import build_method
 from jem.tracking.pictures import loss_curves, projection
 from jem.tracking.registry import register_encoder
-from jem.tracking.runs import Tracker, stripped
+from jem.tracking.runs import Tracker
 from jem.train.launch import Job, Trained, train
 from jem.train.online import encoder_of
 from jem.train.profile import LEAST
@@ -40,6 +41,7 @@ from pipelines.command import main_for
 from pipelines.folder import RunFolder
 from pipelines.settings import dump_config
 
+C = TypeVar("C", bound=PretrainConfig)
 PREVIEW_IMAGES = 6
 PROFILE = "profile"
 """Where the profile's files go, in the run's folder and in MLflow."""
@@ -66,7 +68,9 @@ class PretrainResult:
 
 
 @dataclass(frozen=True)
-class _Data:
+class Data:
+    """What a pretraining is given."""
+
     train: Index
     test: Index | None
     classes: int | None
@@ -80,7 +84,9 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         RunError: The training could not finish; it can go on with `resume`.
     """
     if config.resume is not None:
-        config, folder, record = _resumed(config)
+        config, folder, record = resumed(config)
+        if record["status"] == "finished":
+            raise InputError(f"run {folder.name} is finished: there is nothing to resume; start a new run")
     else:
         name = config.name or f"{config.method.name}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
         folder, record = RunFolder.at(config.storage, name), None
@@ -88,8 +94,8 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             raise InputError(
                 f"{folder.storage} has a run {name} already: go on with it (--resume {name}), or give another --name"
             )
-    data = _open(config)
-    if record is not None and record["data"] != _fingerprint(data.train):
+    data = open_data(config)
+    if record is not None and record["data"] != fingerprint(data.train):
         raise InputError(f"the data set changed since run {folder.name} began: it cannot go on; start a new run")
     folder.check_writable()
 
@@ -104,7 +110,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             tags = {"jem.job": "pretrain", "jem.method": config.method.name, "jem.name": folder.name}
             record = {
                 "run_id": tracker.start_run(folder.name, config, tags),
-                "data": _fingerprint(data.train),
+                "data": fingerprint(data.train),
                 "status": "running",
                 "jem": jem.__version__,
             }
@@ -129,7 +135,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
                 run_id=record["run_id"],
             )
             save = partial(_save_profile, folder, tracker, job.run_id)
-            result = _finish(job, train(job, save), data, tracker)
+            result = finish(job, train(job, save), data, tracker)
     _print(result, config, tracker.where(result.run_id))
     return result
 
@@ -137,16 +143,19 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
 # --- before -------------------------------------------------------------------------------------------------------
 
 
-def _resumed(given: PretrainConfig) -> tuple[PretrainConfig, RunFolder, dict[str, Any]]:
-    """The run's own configuration; of what is given only places, and the number of workers, may differ from it."""
+def resumed(given: C, changeable: frozenset[str] = frozenset()) -> tuple[C, RunFolder, dict[str, Any]]:
+    """The run's own configuration; of what is given only places, workers, and what is `changeable` may differ from it.
+
+    Raises:
+        InputError: There is no such run, or something else is given.
+    """
     assert given.resume is not None
     folder = RunFolder.at(given.storage, given.resume)
     text, record = folder.read()
-    if record["status"] == "finished":
-        raise InputError(f"run {folder.name} is finished: there is nothing to resume; start a new run")
-    own = PretrainConfig.model_validate(yaml.safe_load(text))
-    flat, base, kept = (_flat(each.model_dump()) for each in (given, PretrainConfig(data=own.data), own))
-    places = {"resume", "name", "storage", "data", "test", "track.uri"}
+    own = type(given).model_validate(yaml.safe_load(text))
+    default = type(given)(data=own.data, resume=given.resume)
+    flat, base, kept = (_flat(each.model_dump()) for each in (given, default, own))
+    places = {"resume", "name", "storage", "data", "test", "track.uri"} | changeable
     free = {key for key in flat if key in places or key.startswith("cluster.")}
     other = [key for key in flat if key not in free and flat[key] not in (base.get(key), kept.get(key))]
     if other:
@@ -157,7 +166,7 @@ def _resumed(given: PretrainConfig) -> tuple[PretrainConfig, RunFolder, dict[str
     changes["train"] = own.train.model_dump() | {"parts": own.parts}
     changes["track"] = own.track.model_copy(update={"uri": given.track.uri or own.track.uri})
     try:
-        return PretrainConfig.model_validate(own.model_dump() | changes), folder, record
+        return type(given).model_validate(own.model_dump() | changes), folder, record
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise InputError(f"run {folder.name} cannot go on so: {reason}") from error
@@ -170,12 +179,28 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: item for each in items for key, item in each.items()}
 
 
-def _open(config: PretrainConfig) -> _Data:
+def open_data(config: PretrainConfig) -> Data:
+    """Open the data sets and check that the method can be trained on them.
+
+    Raises:
+        InputError: They will not do.
+    """
     index = open_index(config.data, config.limit)
     test = open_index(config.test) if config.test is not None else None
     if test is not None and test.label_column is None:
         raise InputError(f"the test set {config.test} has no labels: give a labelled one, or leave out --test")
-    classes = count_classes(index)
+    data = Data(index, test, count_classes(index))
+    check_data(config, data)
+    return data
+
+
+def check_data(config: PretrainConfig, data: Data) -> None:
+    """Check that there are images enough for the configuration.
+
+    Raises:
+        InputError: There are not.
+    """
+    index = data.train
     if config.train.batch_size > len(index):
         raise InputError(
             f"{config.data} has {len(index)} images, which do not fill one batch of train.batch_size "
@@ -188,11 +213,11 @@ def _open(config: PretrainConfig) -> _Data:
         raise InputError(
             f"a profile needs {LEAST} steps, and this run has {steps}: raise train.epochs, or leave out --profile"
         )
-    build_method(config.method, config.backbone, classes, len(index))
-    return _Data(index, test, classes)
+    build_method(config.method, config.backbone, data.classes, len(index))
 
 
-def _fingerprint(index: Index) -> str:
+def fingerprint(index: Index) -> str:
+    """Tells whether a data set is the one that a run began with."""
     return hashlib.sha256(repr((len(index), index.rows.tolist())).encode()).hexdigest()[:16]
 
 
@@ -208,7 +233,7 @@ def _save_profile(folder: RunFolder, tracker: Tracker, run_id: str, name: str, c
         tracker.log_artifact(run_id, path, PROFILE)
 
 
-def _announce(config: PretrainConfig, data: _Data, name: str, cluster: str, *, gpu: bool) -> None:
+def _announce(config: PretrainConfig, data: Data, name: str, cluster: str, *, gpu: bool) -> None:
     train, steps = config.train, len(data.train) // config.train.batch_size
     rate = scaled_lr(config.optimizer.lr, train.batch_size, config.schedule.scale_lr)
     print(f"run {name}: {config.method.name}, {config.backbone.name}, on {cluster}")
@@ -239,17 +264,22 @@ def _ending(tracker: Tracker, folder: RunFolder, record: dict[str, Any]) -> Iter
         status, ended = "KILLED", "stopped"
         raise
     finally:
-        tracker.finish(record["run_id"], status)  # type: ignore[arg-type]
         try:
             folder.note(record | {"status": ended})
         except OSError as error:  # a full storage ended the run: its own reason says so
             print(f"warning: {folder.name} could not be noted as {ended} ({error})", file=sys.stderr, flush=True)
+        if ended == "stopped":
+            where = f"--resume {folder.name} --storage {folder.storage}"
+            print(f"run {folder.name}: stopped; go on with {where}", file=sys.stderr, flush=True)
+        # last: a server that is away is asked for minutes, and who stops a job may give it seconds
+        tracker.finish(record["run_id"], status)  # type: ignore[arg-type]
 
 
 # --- after --------------------------------------------------------------------------------------------------------
 
 
-def _finish(job: Job, trained: Trained, data: _Data, tracker: Tracker) -> PretrainResult:
+def finish(job: Job, trained: Trained, data: Data, tracker: Tracker) -> PretrainResult:
+    """Judge the encoder beside an untrained one, log figures and pictures to its run, and register it."""
     config, run_id = job.config, job.run_id
     method = build_method(config.method, config.backbone, data.classes, len(data.train))
     method.load_state_dict(trained.state.model)
@@ -281,7 +311,7 @@ def _finish(job: Job, trained: Trained, data: _Data, tracker: Tracker) -> Pretra
     return PretrainResult(job.name, run_id, version, pretrained, untrained, collapse, verdict)
 
 
-def _untrained(config: PretrainConfig, data: _Data) -> Encoder:
+def _untrained(config: PretrainConfig, data: Data) -> Encoder:
     torch.manual_seed(config.seed)
     return encoder_of(build_method(config.method, config.backbone, data.classes, len(data.train)), config).eval()
 
@@ -292,7 +322,7 @@ def _register(
     config = job.config
     # the registry takes no colon, which a library's backbone has
     name = config.track.register_as or f"{config.method.name}-{config.backbone.name}".replace(":", "-")
-    settings = stripped(config.model_dump(mode="json"))
+    settings = config.model_dump(mode="json")
     info = EncoderInfo(method=config.method.name, data=config.data, metrics=pretrained, config=settings)
     tags = {"run": job.name, "collapse": str(collapse), "verdict": verdict}
     tags |= {f"random.{key}": f"{value:.4f}" for key, value in untrained.items()}

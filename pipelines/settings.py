@@ -27,7 +27,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from jem.config import METHODS, PretrainConfig, Section
+from jem.config import METHODS, Section, TuneConfig
 from jem.errors import InputError
 from pipelines.complaints import Layer, complaints, models_of, paths_of, unknown
 
@@ -150,7 +150,7 @@ def merge(schema: type[BaseModel] | None, below: Mapping[str, Any], above: Mappi
 
 def _for_job(schema: type[BaseModel], layer: Layer) -> Layer:
     """What concerns the job: `jem preview` reads the views out of a recipe for `jem pretrain`."""
-    others = PretrainConfig.model_fields.keys() - schema.model_fields.keys()
+    others = TuneConfig.model_fields.keys() - schema.model_fields.keys()
     return {key: value for key, value in layer.items() if key not in others}
 
 
@@ -248,6 +248,7 @@ def _unwrapped(schema: type[BaseModel], layer: Layer) -> Layer:
             words[name] = None
         elif isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
             one_of_words = any(get_origin(part) is Literal for part in get_args(annotation))
+            one_of_words = one_of_words and get_origin(annotation) is not tuple  # a list of such words stays one
             words[name] = value[0] if one_of_words else value
     return words
 

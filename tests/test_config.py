@@ -15,7 +15,14 @@ from jem.config import PretrainConfig, Section
 from pipelines.complaints import models_of
 from pipelines.settings import dump_config
 
-JOBS = [schema.IngestConfig, schema.PreviewConfig, PretrainConfig, schema.EvaluateConfig, schema.EmbedConfig]
+JOBS = [
+    schema.IngestConfig,
+    schema.PreviewConfig,
+    PretrainConfig,
+    schema.TuneConfig,
+    schema.EvaluateConfig,
+    schema.EmbedConfig,
+]
 
 
 def pretrain(**changes: Any) -> PretrainConfig:

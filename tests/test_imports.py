@@ -39,6 +39,7 @@ def test_importtime_of_jem_names_neither_ray_nor_mlflow():
         "from jem.config import PretrainConfig",
         "from pipelines.command import main; main(['--help'])",
         "from pipelines.command import main; main(['pretrain', '--help'])",
+        "from pipelines.command import main; main(['tune', '--help'])",
         "from pipelines.command import main; main(['recipes'])",
         "from pipelines.command import main; main(['pretrain', '--data', 'x', '--train.epoch', '1'])",
     ],

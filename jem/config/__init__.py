@@ -59,6 +59,11 @@ from jem.config.networks import (
     BackboneConfig,
     MomentumConfig,
 )
+from jem.config.search import (
+    Range,
+    SearchConfig,
+    TuneConfig,
+)
 from jem.config.section import (
     Fraction,
     NonNegative,
@@ -143,12 +148,14 @@ __all__ = [
     "PretrainConfig",
     "PreviewConfig",
     "ProbeConfig",
+    "Range",
     "RecipesListConfig",
     "RecipesShowConfig",
     "RegulariseConfig",
     "RotationConfig",
     "SGDConfig",
     "ScheduleConfig",
+    "SearchConfig",
     "Section",
     "SimCLRConfig",
     "SimSiamConfig",
@@ -159,6 +166,7 @@ __all__ = [
     "TrainConfig",
     "Traits",
     "TripletConfig",
+    "TuneConfig",
     "VICRegConfig",
     "ViewConfig",
     "WMSEConfig",

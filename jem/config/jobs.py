@@ -37,6 +37,9 @@ class IngestConfig(Section):
     shard_mb: PositiveFloat = Field(256.0, description="size of a shard in MB, about")
     row_group_mb: PositiveFloat = Field(8.0, description="size of a row group in MB, about; the unit of reading")
     row_group_rows: PositiveInt = Field(1000, description="images in a row group, at most")
+    max_row_group_mb: PositiveFloat = Field(
+        512.0, description="refuse a Parquet SOURCE with a larger row group, uncompressed: it is read as a whole"
+    )
     seed: int = Field(0, description="of the order in which images are put into shards")
     pixel_limit: PositiveInt = StreamConfig.model_fields["pixel_limit"].default
     cluster: ClusterConfig = ClusterConfig()

@@ -13,14 +13,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from jem.data.shards import WorkPlan, read_plan
-from jem.data.storage import FINISHED, UNFINISHED, absolute, exists, one_line, resolve, written
+from jem.data.storage import FINISHED, UNFINISHED, exists, folder_uri, one_line, resolve, written
 from jem.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,11 +48,11 @@ class Destination:
     """A folder or URI for a data set.
 
     Raises:
-        InputError: It is a URI that nothing opens.
+        InputError: It is a URI that nothing opens, or one with options.
     """
 
     def __init__(self, dest: str) -> None:
-        self.uri = absolute(dest).rstrip("/")
+        self.uri = folder_uri(dest)
         self.work = f"{self.uri}/{UNFINISHED}"
         self.filesystem, self.path = resolve(self.uri)
         self._here = f"{self.path}/{UNFINISHED}"
@@ -205,7 +204,7 @@ class Destination:
             pq.write_table(self.rejected(results), sink)
         head = {
             "format": FORMAT,
-            "source": _without_credentials(plan.source.uri),
+            "source": plan.source.uri,
             "kind": plan.source.kind,
             **facts,
             "shards": len(kept),
@@ -239,10 +238,3 @@ def reasons(rejected: pa.Table) -> dict[str, int]:
     """Count rejected images by kind of reason, the most frequent first."""
     kinds = Counter(reason.split(":")[0] for reason in rejected.column("reason").to_pylist())
     return dict(kinds.most_common())
-
-
-def _without_credentials(uri: str) -> str:
-    parts = urlsplit(uri)
-    if "://" not in uri or "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))

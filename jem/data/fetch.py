@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from jem.data.index import check_columns
 from jem.data.storage import one_line, resolve
 from jem.data.walk import BYTES_LIMIT, size_problem
-from jem.errors import RunError
+from jem.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -109,19 +110,23 @@ def _bytes(filesystem: pafs.FileSystem, path: str, member: tuple[int, int] | Non
 def _rows(
     source: Source, filesystem: pafs.FileSystem, entries: pa.Table, generator: np.random.Generator
 ) -> Iterator[Encoded]:
-    columns = [source.image_column, *([source.label_column] if source.label_column else [])]
+    column, numbers = source.image_column, [source.label_column] if source.label_column else []
     tables, names = [], []
     for entry in entries.to_pylist():
         try:
             with filesystem.open_input_file(entry["file"]) as file:
-                table = pq.ParquetFile(file).read_row_group(entry["offset"], columns=columns)
-        except (OSError, pa.ArrowException) as error:
+                parquet = pq.ParquetFile(file)
+                check_columns(parquet.schema_arrow, entry["file"], column, numbers)
+                struct = pa.types.is_struct(parquet.schema_arrow.field(column).type)
+                parts = [f"{column}.bytes", f"{column}.path"] if struct else [column]
+                table = parquet.read_row_group(entry["offset"], columns=[*parts, *numbers])
+        except (OSError, pa.ArrowException, InputError) as error:
             where = f"row group {entry['offset']} of {entry['file']}"
             raise RunError(f"cannot read {where} ({one_line(error)}): mend or remove that file") from error
         tables.append(table)
         names += [f"{entry['path']}/{entry['offset']}/{row}" for row in range(len(table))]
     everything = pa.concat_tables(tables)
-    images = everything.column(source.image_column)
+    images = everything.column(column)
     labels = everything.column(source.label_column) if source.label_column else None
     for row in generator.permutation(len(names)):
         image = images[int(row)].as_py()

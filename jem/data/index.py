@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from jem.credentials import without_credentials
 from jem.data.storage import FINISHED, UNFINISHED, absolute, one_line, resolve
 from jem.errors import InputError
 
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FOOTER_THREADS = 16
-CACHE_VERSION = 1
+CACHE_VERSION = 2
+ROW_GROUP_LIMIT = 512 * 10**6
+"""Bytes of images in a row group, uncompressed: a decode task holds all of one, about two times over.
+
+What the footer declares is looked at, before anything is read."""
 SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|dev)\b", re.IGNORECASE)
 
 
@@ -72,16 +77,18 @@ class Index:
         return resolve(self.uri)[0]
 
 
-def open_index(data: str | Sequence[str], limit: int | None = None) -> Index:
+def open_index(data: str | Sequence[str], limit: int | None = None, row_group_limit: float = ROW_GROUP_LIMIT) -> Index:
     """Index a data set.
 
     Args:
         data: Folder, file or glob of Parquet shards, local or a URI that `pyarrow.fs` or fsspec opens; or a list of
             files, in which each entry counts, duplicates too.
         limit: Use only the first so many rows.
+        row_group_limit: Bytes of images in a row group, uncompressed, at most.
 
     Raises:
-        InputError: No such data, no Parquet in it, more than one split in it, no rows, no images, a corrupt shard.
+        InputError: No such data, no Parquet in it, more than one split in it, no rows, no images, a corrupt shard, a
+            row group that is too large, a column of another type than the first shard's.
     """
     if not data:
         raise InputError("the list of shards is empty: give a folder, a file or a glob of Parquet shards")
@@ -90,10 +97,10 @@ def open_index(data: str | Sequence[str], limit: int | None = None) -> Index:
     try:
         infos = _shards(filesystem, data)
         uri = absolute(uri)
-        cache = _cache_file(uri, infos)
+        cache = _cache_file(uri, infos, row_group_limit)
         index = _read_cache(cache, uri)
         if index is None:
-            index = _build(filesystem, uri, infos)
+            index = _build(filesystem, uri, infos, row_group_limit)
             _write_cache(cache, index)
     except OSError as error:
         raise InputError(f"cannot read {uri}: {one_line(error)}; check the path and the permissions") from error
@@ -178,9 +185,11 @@ class _Footer:
     schema: pa.Schema
     rows: list[int]
     bytes: list[int]
+    largest: dict[str, tuple[int, int]]
+    """Of each column of images: uncompressed bytes and number of the largest row group."""
 
 
-def _build(filesystem: pafs.FileSystem, uri: str, infos: list[pafs.FileInfo]) -> Index:
+def _build(filesystem: pafs.FileSystem, uri: str, infos: list[pafs.FileInfo], row_group_limit: float) -> Index:
     paths = [str(info.path) for info in infos]
     different = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
@@ -189,10 +198,10 @@ def _build(filesystem: pafs.FileSystem, uri: str, infos: list[pafs.FileInfo]) ->
     image = _image_column(schema, paths[0])
     label, classes = _labels(schema)
     has_id = _is_integer(schema, "id")
+    numbers = [*([label] if label else []), *(["id"] if has_id else [])]
     for path in different:
-        _same_columns(
-            footers[path].schema, path, [image, *([label] if label else []), *(["id"] if has_id else [])], paths[0]
-        )
+        check_columns(footers[path].schema, path, image, numbers)
+        _check_size(path, *footers[path].largest.get(image, (0, 0)), row_group_limit)
     counts = [len(footers[path].rows) for path in paths]
     rows = np.array([count for path in paths for count in footers[path].rows], np.int64)
     return Index(
@@ -216,16 +225,46 @@ def _footer(filesystem: pafs.FileSystem, path: str) -> _Footer:
             parquet = pq.ParquetFile(source)
             groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
             sizes = [sum(group.column(c).total_compressed_size for c in range(group.num_columns)) for group in groups]
-            return _Footer(parquet.schema_arrow, [group.num_rows for group in groups], sizes)
+            schema = parquet.schema_arrow
+            images = [field.name for field in schema if _holds_images(field.type)]
+            largest = {
+                name: max(((_uncompressed(group, name), number) for number, group in enumerate(groups)), default=(0, 0))
+                for name in images
+            }
+            return _Footer(schema, [group.num_rows for group in groups], sizes, largest)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a readable Parquet file ({one_line(error)}): repair or remove it") from error
+
+
+def _uncompressed(group: Any, name: str) -> int:
+    """Bytes of a column of a row group: what its footer says, or what lies in the file if that is more."""
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    own = [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(f"{name}.")]
+    return sum(max(chunk.total_uncompressed_size, chunk.total_compressed_size) for chunk in own)
+
+
+def _check_size(path: str, size: int, group: int, limit: float) -> None:
+    if size > limit:
+        raise InputError(
+            f"row group {group} of {path} holds {size / 1e6:,.0f} MB of images, more than {limit / 1e6:,.0f} MB, and is"
+            ' read as a whole: write it with smaller row groups, or let "jem ingest" do that (--max_row_group_mb)'
+        )
 
 
 def _holds_images(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         number = kind.get_field_index("bytes")
-        return number >= 0 and _holds_images(kind.field(number).type)
+        return number >= 0 and _is_binary(kind.field(number).type)
+    return _is_binary(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind))
 
 
 def _image_column(schema: pa.Schema, path: str) -> str:
@@ -249,19 +288,41 @@ def _is_integer(schema: pa.Schema, name: str) -> bool:
 def _labels(schema: pa.Schema) -> tuple[str | None, tuple[str, ...] | None]:
     """The column `label`, or else the only one that the Hugging Face metadata calls a class label."""
     features: dict[str, Any] = {}
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    labels = [name for name, feature in features.items() if isinstance(feature, dict) and "names" in feature]
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        features = dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
+    labels = [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, dict) and isinstance(feature.get("names"), list)
+    ]
     labels = [name for name in labels if _is_integer(schema, name)]
     column = "label" if _is_integer(schema, "label") else labels[0] if len(labels) == 1 else None
     names = features[column]["names"] if column in labels else None
     return column, tuple(map(str, names)) if names else None
 
 
-def _same_columns(schema: pa.Schema, path: str, columns: list[str], first: str) -> None:
-    missing = [name for name in columns if name not in schema.names]
+def check_columns(schema: pa.Schema, path: str, image: str, numbers: list[str]) -> None:
+    """Refuse a shard without these columns, or with others than plain ones.
+
+    Arrow makes objects of registered extension types when a value is looked at; Ray registers one that unpickles.
+
+    Raises:
+        InputError: With the column.
+    """
+    missing = [name for name in [image, *numbers] if name not in schema.names]
     if missing:
-        raise InputError(f"{path} has no column {', '.join(missing)}, which {first} has: give shards of one data set")
+        raise InputError(f"{path} has no column {', '.join(missing)}, as others have: give shards of one data set")
+    kind = schema.field(image).type
+    odd = {} if _holds_images(kind) else {image: kind}
+    odd |= {name: schema.field(name).type for name in numbers if not _is_integer(schema, name)}
+    number = kind.get_field_index("path") if pa.types.is_struct(kind) else -1
+    if number >= 0 and not _is_text(kind.field(number).type):
+        odd[f"{image}.path"] = kind.field(number).type
+    for name, other in odd.items():
+        raise InputError(
+            f"{path}: column {name} is of type {other}, which is not read here: images are binary or "
+            "struct<bytes, path: string>, labels and ids integers"
+        )
 
 
 def _first(index: Index, limit: int) -> Index:
@@ -280,8 +341,8 @@ def _first(index: Index, limit: int) -> Index:
 # --- cache ------------------------------------------------------------------------------------------------------------
 
 
-def _cache_file(uri: str, infos: list[pafs.FileInfo]) -> Path:
-    what = [CACHE_VERSION, uri, [[info.path, info.size, info.mtime_ns] for info in infos]]
+def _cache_file(uri: str, infos: list[pafs.FileInfo], row_group_limit: float) -> Path:
+    what = [CACHE_VERSION, uri, row_group_limit, [[info.path, info.size, info.mtime_ns] for info in infos]]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return root / "jem" / "index" / f"{key[:32]}.npz"
@@ -311,6 +372,8 @@ def _read_cache(path: Path, uri: str) -> Index | None:
 def _write_cache(path: Path, index: Index) -> None:
     names = ("files", "image_column", "label_column", "has_id", "classes")
     head = json.dumps({name: getattr(index, name) for name in names})
+    if head != without_credentials(head):  # of files behind signed addresses
+        return
     with contextlib.suppress(OSError):  # a home that cannot be written costs time, nothing else
         path.parent.mkdir(parents=True, exist_ok=True)
         number, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")

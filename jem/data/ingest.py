@@ -122,7 +122,7 @@ def prepare(config: IngestConfig) -> Prepared:
     if destination.uri == source_uri or destination.uri.startswith(f"{source_uri}/"):
         raise InputError(f"DEST {config.dest} lies in SOURCE {config.source}: choose a folder elsewhere")
     destination.check_free(overwrite=config.overwrite)
-    source, entries = list_source(config.source, config.format)
+    source, entries = list_source(config.source, config.format, config.max_row_group_mb * 1e6)
     settings = ShardSettings(
         seed=config.seed,
         short_side=config.short_side,
@@ -166,7 +166,7 @@ def run(prepared: Prepared, progress: Callable[..., AbstractContextManager[Bar]]
         limit = prepared.config.max_rejected * plan.images
         with progress("ingest", plan.images, done=done) as bar:
             if rejected <= limit:
-                for result in _each(lambda row: write_shard(work, row["number"]), todo, prepared):
+                for result in _each(lambda row: write_shard(work, row["number"], source), todo, prepared):
                     rejected += len(result["rejected"])
                     bar.update(result["rows"] + len(result["rejected"]), rejected=rejected)
                     if rejected > limit:  # more would not change it

@@ -8,6 +8,7 @@ import json
 import posixpath
 from typing import TYPE_CHECKING
 
+from jem.credentials import without_credentials
 from jem.data.storage import one_line
 from jem.data.walk import File, extension, info_problem
 from jem.errors import InputError
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
 
 LISTS = (".csv", ".jsonl", ".ndjson")
 Label = int | str | None
+OUTSIDE = "path leaves the list's folder (put the list into a folder that holds all its images)"
 
 
 def read_list(filesystem: pafs.FileSystem, uri: str, path: str) -> tuple[list[File], list[Label]]:
     """Read a list and look up its images; what is not there, or lies outside the list's folder, gets a problem.
+
+    A path may begin with the list's folder, as absolute paths and URIs do; any other one that is absolute is outside.
 
     Returns:
         The files, by their paths in the list's folder, and their labels, in the list's order.
@@ -38,15 +42,21 @@ def read_list(filesystem: pafs.FileSystem, uri: str, path: str) -> tuple[list[Fi
     rows = list(_csv_rows(uri, text) if extension(path) == ".csv" else _json_rows(uri, text))
     if not rows:
         raise InputError(f"{uri} lists no images: give a list with at least one line")
-    names = [posixpath.normpath(name) for name, _ in rows]
-    leaves = [posixpath.isabs(name) or name.split("/")[0] == ".." or "\0" in name for name in names]
+    own = posixpath.dirname(uri)
+    own = own if "://" in own else posixpath.normpath(own)
+    given = [name.removeprefix(f"{own}/") for name, _ in rows]
+    names = [posixpath.normpath(name) for name in given]
+    leaves = [
+        posixpath.isabs(name) or "://" in raw or name.split("/")[0] == ".." or "\0" in name
+        for name, raw in zip(names, given, strict=True)
+    ]
     base = posixpath.dirname(path)
     inside = [posixpath.join(base, name) for name, out in zip(names, leaves, strict=True) if not out]
     infos = iter(filesystem.get_file_info(inside))
     files = []
-    for name, out in zip(names, leaves, strict=True):
+    for name, raw, out in zip(names, given, leaves, strict=True):
         if out:
-            files.append(File(name, 0, 0, "path leaves the list's folder"))
+            files.append(File(without_credentials(raw), 0, 0, OUTSIDE))
         else:
             info = next(infos)
             files.append(File(name, info.size or 0, info.mtime_ns or 0, info_problem(info)))
@@ -74,7 +84,7 @@ def _json_rows(uri: str, text: str) -> Iterable[tuple[str, Label]]:
         where = f"{uri}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is not JSON ({one_line(error)}): mend the list") from error
         if not isinstance(row, dict) or not isinstance(row.get("path"), str) or not row["path"]:
             raise InputError(f'{where} has no path: write objects such as {{"path": "a.jpg", "label": "cat"}}')

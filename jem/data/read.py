@@ -238,10 +238,12 @@ class Rows:
         rows = self._rows[where]
         column = table.column(index.image_column)
         encoded = pa.chunked_array([chunk.field("bytes") if struct else chunk for chunk in column.chunks])
+        if isinstance(encoded.type, pa.BaseExtensionType):  # Ray has one that unpickles; so the shard is another now
+            raise pa.ArrowTypeError(f"column {index.image_column} is of type {encoded.type}")
         for at, row in zip(where.tolist(), rows.tolist(), strict=True):
             self._encoded[at] = encoded[row].as_py()
         if index.has_id:
-            self._id[where] = table.column("id").to_numpy()[rows]
+            self._id[where] = table.column("id").cast(pa.int64()).to_numpy()[rows]
         if index.label_column:
             self._label[where] = table.column(index.label_column).cast(pa.int64()).fill_null(-1).to_numpy()[rows]
 

@@ -27,9 +27,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jem.credentials import stripped
 from jem.data.decode import DecodeError, check, shrink
 from jem.data.fetch import fetch
-from jem.data.sources import Source
+from jem.data.sources import ENTRIES, Source
 from jem.data.storage import resolve, written
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ class WorkPlan:
     """Images that the source lists, bad ones included."""
 
     def to_json(self) -> bytes:
-        """Encode; the inverse of `from_json`."""
-        return json.dumps(asdict(self)).encode()
+        """Encode; the inverse of `from_json`, but for credentials in the source's URI: it lies in storage."""
+        return json.dumps(stripped(asdict(self))).encode()
 
     @staticmethod
     def from_json(text: bytes) -> WorkPlan:
@@ -114,8 +115,13 @@ def read_plan(work: str) -> WorkPlan:
         return WorkPlan.from_json(stream.read())
 
 
-def write_shard(work: str, number: int) -> dict[str, Any]:
+def write_shard(work: str, number: int, source: Source) -> dict[str, Any]:
     """Read, check and write the images of one shard.
+
+    Args:
+        work: Path or URI of the work.
+        number: Of the shard.
+        source: The plan's, with the credentials that the plan does not keep.
 
     Returns:
         What `shard-NUMBER.json` says: `rows` and `bytes` written, `rejected` as lists [path, reason, bytes].
@@ -127,15 +133,15 @@ def write_shard(work: str, number: int) -> dict[str, Any]:
     filesystem, path = resolve(work)
     plan = read_plan(work)
     with filesystem.open_input_file(f"{path}/entries.parquet") as file:
-        entries = pq.ParquetFile(file).read_row_group(number)
+        entries = pq.ParquetFile(file).read_row_group(number).cast(ENTRIES)  # whatever lies there: plain columns
     name = f"{path}/shard-{number:05d}"
     rejected: list[tuple[str, str, int]] = []
     generator = np.random.default_rng([plan.settings.seed % 2**64, number])
     with (
         written(filesystem, f"{name}.parquet") as sink,
-        _ShardWriter(sink, plan.source, plan.settings, plan.first[number]) as shard,
+        _ShardWriter(sink, source, plan.settings, plan.first[number]) as shard,
     ):
-        for image in fetch(plan.source, entries, generator):
+        for image in fetch(source, entries, generator):
             if image.problem is not None:
                 rejected.append((image.path, image.problem, image.size))
                 continue

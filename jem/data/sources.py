@@ -9,8 +9,9 @@ Listing finds every image, reading brings its bytes. Decisions, where several ar
   folders named like splits (`train`, `val`), are refused: there is no telling what was meant.
 - One folder alone, or more than 100 with fewer than two images each on average, are no classes: a set of
   150,000 patients is not 150,000 classes. It is read as flat, without labels; `--format classes` overrules that.
-- A list is CSV (header with `path` and perhaps `label`) or JSON lines (keys alike). Paths are relative to its folder
-  and do not leave it. Labels that are all integers stay as they are, otherwise they are names, numbered in order.
+- A list is CSV (header with `path` and perhaps `label`) or JSON lines (keys alike). Paths are relative to its folder,
+  or begin with it, and do not leave it. Labels that are all integers stay as they are, otherwise they are names,
+  numbered in order.
 - Bad entries of a source (links to nothing, folders named `.jpg`, paths that leave the folder) are listed with their
   problem, for the quarantine.
 """
@@ -29,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from jem.data.index import open_index
+from jem.data.index import ROW_GROUP_LIMIT, open_index
 from jem.data.lists import LISTS, number_labels, read_list
 from jem.data.storage import absolute, one_line, resolve
 from jem.data.tars import list_tar
@@ -75,8 +76,10 @@ class Source:
     """Files that are no images, counted by extension."""
 
 
-def list_source(source: str, kind: Kind | Literal["auto"] = "auto") -> tuple[Source, pa.Table]:
-    """Recognise a source and list what it holds.
+def list_source(
+    source: str, kind: Kind | Literal["auto"] = "auto", row_group_limit: float = ROW_GROUP_LIMIT
+) -> tuple[Source, pa.Table]:
+    """Recognise a source and list what it holds; a Parquet source's row groups are limited as `open_index` does.
 
     Returns:
         The source; and a table with the schema `ENTRIES`, in the order of paths (of lines for a list).
@@ -91,7 +94,7 @@ def list_source(source: str, kind: Kind | Literal["auto"] = "auto") -> tuple[Sou
         if kind == "auto" and found != pafs.FileType.Directory:
             kind = _kind_of_file(source, path, exists=found == pafs.FileType.File)
         if kind == "parquet":
-            return _list_parquet(uri)
+            return _list_parquet(uri, row_group_limit)
         if found == pafs.FileType.NotFound and not (kind == "webdataset" and _is_glob(path)):
             raise InputError(f"no source at {source}: give a folder of images, a list, Parquet or tars")
         if kind == "list":
@@ -102,7 +105,7 @@ def list_source(source: str, kind: Kind | Literal["auto"] = "auto") -> tuple[Sou
         if kind == "auto":
             kind = _kind_of_folder(source, files)
         if kind == "parquet":
-            return _list_parquet(uri)
+            return _list_parquet(uri, row_group_limit)
         if kind == "webdataset":
             return _list_tars(filesystem, uri, path, [file for file in files if extension(file.path) == ".tar"])
         return _list_folder(uri, path, files, kind)
@@ -227,8 +230,8 @@ def _list_list(filesystem: pafs.FileSystem, uri: str, path: str) -> tuple[Source
     return source, _entries(posixpath.dirname(path), files, numbers)
 
 
-def _list_parquet(uri: str) -> tuple[Source, pa.Table]:
-    index = open_index(uri)
+def _list_parquet(uri: str, row_group_limit: float) -> tuple[Source, pa.Table]:
+    index = open_index(uri, row_group_limit=row_group_limit)
     infos = {info.path: info for info in index.filesystem().get_file_info(list(dict.fromkeys(index.files)))}
     files = [index.files[number] for number in index.file]
     base = posixpath.commonpath([posixpath.dirname(file) for file in files])

@@ -11,6 +11,7 @@ import fsspec.core
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from jem.credentials import without_credentials
 from jem.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,6 +26,20 @@ FINISHED = "_jem.json"
 def absolute(uri: str) -> str:
     """Make a local path absolute (workers have another working directory); a URI stays as it is."""
     return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+
+
+def folder_uri(uri: str) -> str:
+    """The absolute path, or the URI, of a folder that is to be written in.
+
+    Raises:
+        InputError: A URI with options, which would come before the names of the files in it.
+    """
+    if "://" in uri and "?" in uri:
+        raise InputError(
+            f"{uri} has options after the ?, which a folder to write in cannot have: give a store's address and "
+            "credentials in the environment of all nodes (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...)"
+        )
+    return absolute(uri).rstrip("/")
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -72,6 +87,6 @@ def written(filesystem: pafs.FileSystem, path: str, folder: str | None = None) -
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error from elsewhere, fit for one line."""
-    words = " ".join(str(error).split())
+    """The message of an error from elsewhere, fit for one line. Credentials go before it is cut, or a part stays."""
+    words = " ".join(without_credentials(str(error)).split())
     return words[:300] if words else type(error).__name__

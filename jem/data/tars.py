@@ -1,7 +1,8 @@
 """Finding the images in WebDataset tars, without reading them: `KEY.jpg` with its label in `KEY.cls`.
 
 As in WebDataset, a key is everything up to the first dot of the last part of a member's name. Links, devices, absolute
-names and names with `..` are refused, not followed. An image is read later from its place in the tar, in any order.
+names and names with `..` are refused, not followed. An image is read later from its place in the tar, in any order:
+nothing is ever unpacked.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import io
 import tarfile
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pyarrow import fs as pafs
 
@@ -61,10 +62,15 @@ def list_tar(filesystem: pafs.FileSystem, path: str, size: int) -> Contents:
     taken: set[str] = set()
     with filesystem.open_input_file(path) as raw:
         # On a remote store each small read is a request; on a local disk a buffer would read what is skipped.
-        source = raw if isinstance(filesystem, pafs.LocalFileSystem) else io.BufferedReader(raw, BUFFER)
+        file = raw if isinstance(filesystem, pafs.LocalFileSystem) else io.BufferedReader(raw, BUFFER)
+        source = cast("IO[bytes]", _Headers(file))
         try:
             with tarfile.open(fileobj=source, mode="r:") as tar:
+                at = -1
                 while (info := tar.next()) is not None:
+                    if tar.offset <= at:  # a negative size, which some versions of tarfile go round and round on
+                        raise tarfile.ReadError(f"a header that leads back to byte {tar.offset}")
+                    at = tar.offset
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
                     key, ending = _split(info.name)
                     problem = _problem(info, size)
@@ -79,12 +85,25 @@ def list_tar(filesystem: pafs.FileSystem, path: str, size: int) -> Contents:
                 source.seek(tar.offset)
                 if any(source.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
                     raise tarfile.ReadError(f"no header at byte {tar.offset}")
-        except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError) as error:
+        except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError, RecursionError) as error:
             images.append(("", Member("", 0, 0, None, f"damaged tar: {error}")))
     for key, member in images:
         label = labels.get(key)
         contents.members.append(Member(member.path, member.offset, member.size, label, member.problem))
     return contents
+
+
+class _Headers:
+    """A tar's headers, in small reads: a long name has the length that its header claims, which may be terabytes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= BUFFER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
 
 
 def _split(name: str) -> tuple[str, str]:

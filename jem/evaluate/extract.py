@@ -16,6 +16,7 @@ import torch
 from jem.data.ahead import Ahead
 from jem.data.read import as_batch
 from jem.data.stream import dataset
+from jem.device import use_cpu
 from jem.errors import InputError, RunError
 from jem.evaluate.judge import Features
 from jem.progress import Progress
@@ -79,11 +80,13 @@ def extract_all(
     *,
     gpu: bool = False,
     replace: bool = False,
+    share: float = 1.0,
     deadline: float = DEADLINE,
 ) -> list[list[Features]]:
     """Encode several data sets with several encoders in one pass: each image is decoded once, the actors start once.
 
-    Arguments and errors as in `extract_features`. With `replace` others stand in for the images that cannot be had.
+    Arguments and errors as in `extract_features`. With `replace` others stand in for the images that cannot be had;
+    `share` is the part of the cluster's CPUs that may be used.
 
     Returns:
         One list for each encoder, with the features of each data set.
@@ -95,7 +98,7 @@ def extract_all(
         for number, index in enumerate(indexes)
     ]
     together = images[0].union(*images[1:]) if len(images) > 1 else images[0]
-    encoded = _encoded(together, encoders, stream, batch_size, actors, gpu=gpu)
+    encoded = _encoded(together, encoders, stream, batch_size, actors, gpu=gpu, share=share)
     parts: list[list[Arrays]] = [[] for _ in indexes]
     with Progress("features", sum(len(index) for index in indexes)) as progress:
         for block in within(encoded, deadline):
@@ -141,8 +144,9 @@ def _encoded(
     actors: int,
     *,
     gpu: bool,
+    share: float = 1.0,
 ) -> ray.data.Dataset:
-    cpus, threads = plan_cpus(actors, stream.decode_cpus, gpu=gpu)
+    cpus, threads = plan_cpus(actors, stream.decode_cpus, gpu=gpu, share=share)
     copies = [copy.deepcopy(encoder).cpu().eval().requires_grad_(False) for encoder in encoders]
     return images.map_batches(
         _Encode,
@@ -154,14 +158,16 @@ def _encoded(
     )
 
 
-def plan_cpus(actors: int, decode_cpus: float, *, gpu: bool) -> tuple[float, int]:
+def plan_cpus(actors: int, decode_cpus: float, *, gpu: bool, share: float = 1.0) -> tuple[float, int]:
     """CPUs that each actor reserves, so that decoding always has a place beside them, and the threads that it uses.
+
+    They are planned for in a `share` of the cluster's CPUs.
 
     Raises:
         InputError: the cluster cannot hold the actors and a decode task.
     """
     has = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    cpus, gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
+    cpus, gpus = has.get("CPU", 0.0) * share, has.get("GPU", 0.0)
     if gpu and gpus < actors:
         raise InputError(
             f"the cluster has {gpus:g} GPUs and {actors} encoder actors want one each: use fewer actors, or no GPU"
@@ -206,7 +212,7 @@ class _Encode:
     """The actor: decoded images in, features of each encoder out."""
 
     def __init__(self, encoders: ray.ObjectRef[list[Encoder]], threads: int, gpu: bool) -> None:
-        torch.set_num_threads(min(threads, os.cpu_count() or 1))
+        use_cpu(min(threads, os.cpu_count() or 1))
         self._device = torch.device("cuda" if gpu else "cpu")
         # What comes from the object store is read-only, and shared.
         self._encoders = [

@@ -76,7 +76,7 @@ def _timm(name: str) -> nn.Module:
         import timm
     except ImportError:
         raise InputError(f"backbone timm:{name} needs timm, which is not installed: pip install timm") from None
-    if name.partition(".")[0] not in timm.list_models():  # after a dot comes the name of trained weights
+    if name not in {*timm.list_models(), *timm.list_pretrained()}:  # the latter: after a dot, whose trained weights
         raise InputError(_unknown("timm", name, timm.list_models()))
     return timm.create_model(name, pretrained=False, num_classes=0)
 

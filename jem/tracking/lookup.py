@@ -9,9 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from jem.credentials import without_credentials
 from jem.encoder import MANIFEST
 from jem.errors import InputError, RunError
-from jem.tracking.store import connect, sqlite_file, store_uri, without_credentials
+from jem.tracking.store import connect, sqlite_file, store_uri
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -48,7 +49,9 @@ def fetched(uri: str, track: TrackConfig | None, files: tuple[str, ...]) -> Iter
 
     tracking_uri, source = _place(uri, track)
     with tempfile.TemporaryDirectory(prefix="jem-encoder-") as temporary:
-        with explained(source, f"cannot get {without_credentials(uri)}"), _without_bars():
+        with explained(source, f"cannot get {uri}"), _without_bars():
+            if tracking_uri is not None:
+                _check_held(uri, source, tracking_uri, files)
             for file in files:
                 mlflow.artifacts.download_artifacts(
                     artifact_uri=f"{source}/{file}", dst_path=temporary, tracking_uri=tracking_uri
@@ -69,6 +72,20 @@ def _place(uri: str, track: TrackConfig | None) -> tuple[str | None, str]:
         else:
             source = _artifacts(client, match["run"], match["path"])
     return client.tracking_uri, source.rstrip("/")
+
+
+def _check_held(uri: str, source: str, tracking_uri: str, files: tuple[str, ...]) -> None:
+    """InputError that says what there is, if it is not an encoder: of another model no file is looked into."""
+    import mlflow.artifacts
+
+    held = mlflow.artifacts.list_artifacts(artifact_uri=source, tracking_uri=tracking_uri)
+    names = [item.path.rpartition("/")[2] for item in held]
+    for file in files:
+        if file not in names:
+            raise InputError(
+                f"cannot get {uri}: it has no {file} ({_names(names)}), and jem reads nothing else, least of all a "
+                "pickle; give an encoder that jem registered"
+            )
 
 
 def _artifacts(client: MlflowClient, run_id: str, path: str) -> str:
@@ -135,7 +152,7 @@ def _names(names: Iterable[object], most: int = 10) -> str:
 
 
 def _shown(client: MlflowClient) -> str:
-    return without_credentials(str(client.tracking_uri))
+    return str(client.tracking_uri)
 
 
 def _missing(error: Exception, message: str) -> NoReturn:
@@ -154,7 +171,7 @@ def explained(where: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # MLflow's own, the system's, or those of whatever holds the artifacts
         reason = without_credentials(" ".join(str(error).split()))[:200] or type(error).__name__
-        message = f"{what} ({without_credentials(where)}): {reason}"
+        message = f"{what} ({where}): {reason}"
         if getattr(error, "error_code", None) in _IMPOSSIBLE or isinstance(error, FileNotFoundError):
             raise InputError(f"{message}; give another name, or another store with --track.uri") from error
         raise RunError(f"{message}; see that the tracking store and its artifacts can be reached") from error

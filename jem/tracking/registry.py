@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from jem.encoder import MANIFEST, PROGRAM, WEIGHTS, Encoder, EncoderManifest, read_encoder, read_manifest
 from jem.errors import InputError
 from jem.tracking.lookup import client_for, explained, fetched, pages, resolve, versions_of
-from jem.tracking.store import quiet, without_credentials
+from jem.tracking.store import quiet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -202,7 +202,7 @@ def _tags(manifest: EncoderManifest) -> dict[str, str]:
     return {
         "jem": manifest.jem,
         "method": info.method,
-        "data": without_credentials(info.data),
+        "data": info.data,
         "backbone": manifest.architecture.name,
         "dimensions": str(manifest.dimensions),
         "input_size": str(manifest.input_size),

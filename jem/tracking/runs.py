@@ -9,6 +9,7 @@ from __future__ import annotations
 import getpass
 import json
 import logging
+import os
 import re
 import threading
 import time
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from pydantic import BaseModel
 
+from jem.credentials import stripped, without_credentials
 from jem.errors import InputError
-from jem.tracking.store import connect, sqlite_file, store_uri, without_credentials
+from jem.tracking.store import connect, sqlite_file, store_uri
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
     from jem.config import TrackConfig
 
@@ -48,6 +51,8 @@ class Tracker:
     """
 
     def __init__(self, track: TrackConfig) -> None:
+        # of a server it would print two addresses when a run ends: `where` says it
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         self.uri = store_uri(track.uri)
         self.client: MlflowClient = connect(self.uri)
         self._experiment = track.experiment
@@ -70,8 +75,7 @@ class Tracker:
                 self.client.log_batch(run_id, params=items[start : start + _PARAMS_PER_BATCH])
         except MlflowException as error:
             raise InputError(
-                f"MLflow at {without_credentials(self.uri)} did not take the run: {_line(error)}; "
-                "check --track.uri and --track.experiment"
+                f"MLflow at {self.uri} did not take the run: {_line(error)}; check --track.uri and --track.experiment"
             ) from error
         return run_id
 
@@ -87,8 +91,33 @@ class Tracker:
             self.client.update_run(run_id, status="RUNNING")
         except MlflowException as error:
             raise InputError(
-                f"no run {run_id} in MLflow at {without_credentials(self.uri)} ({_line(error)}): "
+                f"no run {run_id} in MLflow at {self.uri} ({_line(error)}): "
                 "give the tracking store that it was started with, in --track.uri or MLFLOW_TRACKING_URI"
+            ) from error
+
+    def children(self, run_id: str) -> dict[str, Run]:
+        """The runs below one, by their tag jem.name.
+
+        Raises:
+            InputError: the store cannot be asked.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            experiment = self.client.get_run(run_id).info.experiment_id
+            found: dict[str, Run] = {}
+            token: str | None = None
+            while True:
+                page = self.client.search_runs(
+                    [experiment], f"tags.`mlflow.parentRunId` = '{run_id}'", max_results=1000, page_token=token
+                )
+                found |= {run.data.tags.get("jem.name", ""): run for run in page}
+                token = page.token
+                if not token:
+                    return found
+        except MlflowException as error:
+            raise InputError(
+                f"MLflow at {without_credentials(self.uri)} did not list the runs below {run_id}: {_line(error)}"
             ) from error
 
     def finish(self, run_id: str, status: Status = "FINISHED") -> None:
@@ -336,17 +365,6 @@ def flat_params(config: BaseModel | Mapping[str, Any]) -> dict[str, str]:
     for key, item in content.items():
         add(str(key), item)
     return flat
-
-
-def stripped(value: Any) -> Any:
-    """The same JSON value with credentials removed from the URIs in it."""
-    if isinstance(value, str):
-        return without_credentials(value)
-    if isinstance(value, dict):
-        return {key: stripped(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [stripped(item) for item in value]
-    return value
 
 
 def metric_key(key: str) -> str:

@@ -3,6 +3,9 @@
 So it stands alone: torch, numpy and mlflow, no jem. It runs `encoder.pt2`, which has no pickle in it, after making sure
 of that. Images in: uint8 (0..255) or float (0..1), (N, 3, H, W) or (N, H, W, 3), one image without N, or a list of
 images of different sizes. Representations out: float32 (N, D).
+
+Like every model from code, this file runs with the rights of whoever loads the version: `mlflow.pyfunc` is for
+registries that are trusted, while `jem.load_encoder` reads numbers and text only.
 """
 
 from __future__ import annotations

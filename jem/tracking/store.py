@@ -9,8 +9,9 @@ import re
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import unquote
 
+from jem.credentials import without_credentials
 from jem.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,10 +25,6 @@ ANSWER_SECONDS = 15.0
 """How long a server may take for its first answer. MLflow itself would go on trying for 4 minutes and more."""
 OPEN_SECONDS = 120.0
 """How long a database may take: MLflow makes 50 tables in a new one, which takes a busy machine a while."""
-_SECRET = re.compile(r"token|secret|password|passwd|signature|credential|(^|[-_])(sig|key|pwd)$", re.IGNORECASE)
-_URI = re.compile(r"[a-zA-Z][\w+.-]*://[^\s'\"<>()]+")
-_CONTAINERS = ("abfs", "wasb")
-"""Schemes in which what stands before the @ is a container, not a user."""
 _TALKERS = ("mlflow.store.db.utils", "alembic.runtime.migration", "mlflow.store.model_registry.abstract_store")
 _FORBIDDEN = (401, 403)
 _KINDS = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc")
@@ -138,25 +135,6 @@ def sqlite_file(uri: str) -> Path | None:
     if not uri.startswith("sqlite:///"):
         return None
     return Path.cwd() / unquote(uri.removeprefix("sqlite:///").partition("?")[0])
-
-
-def without_credentials(text: str) -> str:
-    """`text`, a URI or a sentence with URIs in it, without their users, passwords and signing parameters."""
-    return _URI.sub(lambda found: _clean(found[0]), _clean(text))
-
-
-def _clean(uri: str) -> str:
-    try:
-        parts = urlsplit(uri)
-    except ValueError:
-        return uri
-    items = parse_qsl(parts.query, keep_blank_values=True)
-    secrets = [key for key, _ in items if _SECRET.search(key)]
-    host = parts.netloc if parts.scheme.startswith(_CONTAINERS) else parts.netloc.rpartition("@")[2]
-    if not parts.scheme or (host == parts.netloc and not secrets):
-        return uri
-    query = urlencode([item for item in items if item[0] not in secrets])
-    return urlunsplit(parts._replace(netloc=host, query=query))
 
 
 def within(seconds: float, function: Callable[[], T]) -> T:

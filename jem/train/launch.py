@@ -17,6 +17,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.exceptions import RayActorError, RayError
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.config import (  # mypy takes those of ray.train for Train V1's
     CheckpointConfig,
     FailureConfig,
@@ -34,7 +35,7 @@ from jem.data.index import Index
 from jem.data.plan import Plan, Position
 from jem.data.read import Told
 from jem.data.stream import ray_batches, views_batches
-from jem.device import put
+from jem.device import put, use_cpu
 from jem.errors import InputError, RetryError, RunError
 from jem.methods import build_method
 from jem.progress import Progress
@@ -52,6 +53,7 @@ START_FAILURES = 10
 """Starts of the workers that may fail where any number of them may die: each may take `cluster.start_timeout`."""
 CLOSE_SECONDS = 60.0
 """Wait of a finished training for an MLflow that is away."""
+ABORT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Job:
     cache: Cache | None
     tracking_uri: str
     run_id: str
+    share: float = 1.0
+    """Of a machine's cores, where trainings run side by side."""
 
     def plan(self, world: int | None = None) -> Plan:
         """The order of the images, for so many workers; default: the most that the run may have."""
@@ -109,6 +113,7 @@ class Mailbox:
         self._wishes, self._answered = 0, 0
         self._lost: set[int] = set()
         self._lost_shards: set[str] = set()
+        self._controller: Any = None
 
     def put(self, kind: str, value: Any) -> None:
         """Add one piece of news."""
@@ -153,12 +158,41 @@ class Mailbox:
         self._lost.update(positions)
         return len(self._lost)
 
+    def led_by(self, controller: Any) -> None:
+        """Note the handle of Ray Train's controller."""
+        self._controller = controller
 
-def train(job: Job, save: Callable[[str, bytes], None]) -> Trained:
+    def controller(self) -> Any:
+        """The handle of Ray Train's controller; None before it has begun."""
+        return self._controller
+
+
+class _Found(ControllerCallback):
+    """Gives the mailbox the handle of Ray Train's controller, which `fit()` keeps to itself: it alone ends a training.
+
+    Without it the workers and their placement group would outlive a driver that stops early and lives on (ray #54305).
+    """
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Called in the controller's process."""
+        del train_run_context
+        ray.get(self._mailbox.led_by.remote(ray.get_runtime_context().current_actor), timeout=ANSWER_SECONDS)
+
+
+def train(
+    job: Job,
+    save: Callable[[str, bytes], None],
+    epoch: Callable[[dict[str, float]], None] = lambda _: None,
+    stop: threading.Event | None = None,
+) -> Trained:
     """Run the training on the Ray cluster that this process is connected to, or go on with it.
 
     It goes on where `job.storage`/`job.name` holds a checkpoint. `save` gets the name and the content of each file that
-    the workers make, as they make it: those of the profile.
+    the workers make, as they make it: those of the profile. `epoch` gets an epoch's latest metrics at its end. Setting
+    `stop` ends the training, which can go on later.
 
     Raises:
         RunError: It could not finish; the message says why. The last checkpoint is kept.
@@ -172,8 +206,8 @@ def train(job: Job, save: Callable[[str, bytes], None]) -> Trained:
     trainer = _trainer(job, mailbox)
     total = job.plan().total_steps(config.train.epochs) * config.train.batch_size
     try:
-        with _telling(mailbox, Progress(f"pretrain {job.name}", total), save):
-            result = _fit(trainer)
+        with _telling(mailbox, Progress(f"pretrain {job.name}", total), save, epoch):
+            result = _fit(trainer, mailbox, stop)
         failure = (result.return_value or {}).get("failure")
     except ray.train.TrainingFailedError as error:
         raise _stopped(job, _fatal(mailbox) or _cause(error)) from error
@@ -210,7 +244,7 @@ def _trainer(job: Job, mailbox: Any) -> TorchTrainer:
                 controller_failure_limit=START_FAILURES if cluster.max_failures < 0 else cluster.max_failures,
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
-            callbacks=[OnTerm()],  # type: ignore[list-item]
+            callbacks=[OnTerm(), _Found(mailbox)],  # type: ignore[list-item]
         ),
     }
     if cluster.min_workers is None:
@@ -220,24 +254,46 @@ def _trainer(job: Job, mailbox: Any) -> TorchTrainer:
     return ElasticTrainer(_worker, policy=policy, **arguments)
 
 
-def _fit(trainer: TorchTrainer) -> Any:
-    """`trainer.fit()` in a thread: in the main one it takes SIGINT for itself, and ends the process with status 0."""
+def _fit(trainer: TorchTrainer, mailbox: Any, stop: threading.Event | None) -> Any:
+    """`trainer.fit()` in a thread: in the main one it takes SIGINT for itself, and ends the process with status 0.
+
+    Raises:
+        RunError: `stop` was set.
+    """
     outcome: list[Any] = []
     failure: list[BaseException] = []
+    done = threading.Event()  # an interrupted join() takes the thread for dead, before Python 3.12
 
     def run() -> None:
         try:
             outcome.append(trainer.fit())
         except BaseException as error:  # noqa: BLE001 - raised again below
             failure.append(error)
+        finally:
+            done.set()
 
-    thread = threading.Thread(target=run, daemon=True, name="jem-fit")
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)  # without a limit, signals would wait for the end
+    threading.Thread(target=run, daemon=True, name="jem-fit").start()
+    try:
+        while not done.wait(POLL_SECONDS):  # without a limit, signals would wait for the end
+            if stop is not None and stop.is_set():
+                raise RunError("stopped")
+    finally:
+        if not done.is_set():
+            # a signal's process is about to end, and has few seconds to say so elsewhere
+            _abort(mailbox, wait=stop is not None and stop.is_set())
     if failure:
         raise failure[0]
     return outcome[0]
+
+
+def _abort(mailbox: Any, *, wait: bool) -> None:
+    """End the workers and give back what they held; the checkpoints stay. `wait` until it is done."""
+    with contextlib.suppress(RayError):  # whatever is gone already need not be ended
+        controller = ray.get(mailbox.controller.remote(), timeout=ABORT_SECONDS)
+        if controller is not None:
+            ended = controller.abort.remote()
+            if wait:
+                ray.get(ended, timeout=ABORT_SECONDS)
 
 
 def _cause(error: BaseException) -> str:
@@ -260,8 +316,13 @@ def _fatal(mailbox: Any) -> str | None:
 
 
 @contextlib.contextmanager
-def _telling(mailbox: Any, progress: Progress, save: Callable[[str, bytes], None]) -> Iterator[None]:
-    """Shows the workers' news, and saves their files, while the block runs."""
+def _telling(
+    mailbox: Any,
+    progress: Progress,
+    save: Callable[[str, bytes], None],
+    epoch: Callable[[dict[str, float]], None],
+) -> Iterator[None]:
+    """Shows the workers' news, saves their files and passes on their epochs, while the block runs."""
     done = threading.Event()
 
     def show() -> None:
@@ -278,6 +339,8 @@ def _telling(mailbox: Any, progress: Progress, save: Callable[[str, bytes], None
                     progress.at(value)
                 elif kind == "file":
                     save(*value)
+                elif kind == "epoch":
+                    epoch(value)
                 else:
                     images, info = value
                     progress.update(images, **info)
@@ -325,7 +388,7 @@ def _train(job: Job, news: News, notice: Announced, told: Told | None) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // context.get_local_world_size()))
+        use_cpu(int(cores * job.share) // context.get_local_world_size())
     torch.manual_seed(config.seed)
     method = build_method(config.method, config.backbone, job.classes, len(job.index))
     state = _restore(job)

@@ -45,13 +45,18 @@ class News:
         self._storage, self._mailbox = job.storage, mailbox
         self._mine = ray.train.get_context().get_world_rank() == 0
         self._log = MetricLog(job.tracking_uri, job.run_id, self.say) if self._mine else None
+        self._latest: dict[str, float] = {}
         self.lost = 0
         """Images that could not be read, so far."""
 
     def metrics(self, values: dict[str, float], step: int) -> None:
-        """Numbers of one step, for MLflow."""
+        """Numbers of one step, for MLflow; at an epoch's end the driver gets the latest too."""
         if self._log is not None:
             self._log.log(values | ({"stream/lost": self.lost} if self.lost else {}), step)
+            self._latest |= values
+            if "epoch" in values:
+                self._mailbox.put.remote("epoch", self._latest)
+                self._latest = {}
 
     def progress(self, images: int, info: dict[str, float]) -> None:
         """So many more images were trained on."""

@@ -202,7 +202,9 @@ class Watch:
     def epoch(self, epoch: int, epochs: int, step: int, judged: dict[str, float]) -> None:
         """Tell what an epoch came to; `judged` is what an evaluation at its end found."""
         assert self.health is not None
-        self._reporter.metrics({f"online/{name}": value for name, value in judged.items()} | {"epoch": epoch + 1}, step)
+        assert self.verdict is not None
+        ended = {"epoch": epoch + 1, "health/collapse": self.verdict.kind}
+        self._reporter.metrics({f"online/{name}": value for name, value in judged.items()} | ended, step)
         self.last |= judged
         parts = [f"{name} {value:.3g}" for name, value in self.last.items() if name in ("loss", *judged)]
         health = f"std {self.health.std:.2f}, rank {self.health.rankme:.0f}/{min(self.health.rows, self.health.dim)}"

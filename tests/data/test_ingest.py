@@ -388,7 +388,7 @@ def test_finished_shards_are_not_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(
         jem.data.ingest,
         "write_shard",
-        lambda work, number: written.append(number) or jem.data.shards.write_shard(work, number),
+        lambda work, number, source: written.append(number) or jem.data.shards.write_shard(work, number, source),
     )
     result = ingest(config, Count)
     assert result.continued

@@ -219,7 +219,17 @@ def test_lists_do_not_leave_their_folder(tmp_path):
         ("missing.png", "no such file"),
         ("sub", "folder in place of a file"),
     ]
-    assert [problem for _, problem in found[4:]] == ["path leaves the list's folder"] * 3
+    assert [problem.partition(" (")[0] for _, problem in found[4:]] == ["path leaves the list's folder"] * 3
+
+
+def test_absolute_paths_in_a_list_may_lie_in_its_folder(tmp_path):
+    make(tmp_path, "in/a.png", "in/sub/b.png", "inner/c.png")
+    rows = [tmp_path / "in/a.png", tmp_path / "in/sub/../sub/b.png", tmp_path / "inner/c.png"]
+    (tmp_path / "in/list.csv").write_text("path\n" + "\n".join(map(str, rows)) + "\n")
+    source, entries = list_source(str(tmp_path / "in/list.csv"))
+    assert problems(entries).keys() == {str(rows[2])}
+    good = read(source, entries.slice(0, 2))
+    assert {name: image.data for name, image in good.items()} == {"a.png": picture(0), "sub/b.png": picture(1)}
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,7 @@ def raising(error: BaseException) -> Callable[[Any], Any]:
         (WrappedByRayError(InputError("bad input: mend it")), 2, "jem ingest: bad input: mend it"),
         (WrappedByRayError(RunError("it stopped: look")), 1, "jem ingest: it stopped: look"),
         (KeyboardInterrupt(), 130, "jem ingest: interrupted"),
+        (SystemExit(15), 143, "jem ingest: stopped"),
     ],
 )
 def test_errors_are_one_line_and_an_exit_status(

@@ -20,7 +20,7 @@ from jem.config import PretrainConfig, TrackConfig
 from jem.errors import InputError
 from jem.tracking import runs
 from jem.tracking.runs import MetricLog, Tracker, flat_params, metric_key
-from jem.tracking.store import connect, store_uri, within, without_credentials
+from jem.tracking.store import connect, store_uri, within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -352,30 +352,6 @@ def test_a_call_that_does_not_end_is_given_up() -> None:
     assert within(10, lambda: 3) == 3
     with pytest.raises(KeyError):
         within(10, lambda: {}["missing"])
-
-
-@pytest.mark.parametrize(
-    ("text", "clean"),
-    [
-        ("s3://key:secret@bucket/a", "s3://bucket/a"),
-        ("https://host/a?sig=x&page=2", "https://host/a?page=2"),
-        ("https://host/a?X-Amz-Credential=x&X-Amz-Signature=y", "https://host/a"),
-        ("abfss://container@account/a?sig=x", "abfss://container@account/a"),
-        ("postgresql+psycopg2://u:p@db:5432/mlflow", "postgresql+psycopg2://db:5432/mlflow"),
-        (
-            "no answer from 'http://u:p@host/a?token=x', try http://v:q@b.",
-            "no answer from 'http://host/a', try http://b.",
-        ),
-        ("s3://u:p@bucket/my data?sig=x", "s3://bucket/my data"),
-        ("s3://bucket/a", "s3://bucket/a"),
-        ("models:/vicreg@champion", "models:/vicreg@champion"),
-        ("runs/data@home", "runs/data@home"),
-        ("http://[broken", "http://[broken"),
-        ("", ""),
-    ],
-)
-def test_credentials_are_removed_from_uris_and_nothing_else_is(text: str, clean: str) -> None:
-    assert without_credentials(text) == clean
 
 
 values = st.recursive(
