@@ -278,22 +278,26 @@ def _fit(trainer: TorchTrainer, mailbox: Any, stop: threading.Event | None) -> A
             if stop is not None and stop.is_set():
                 raise RunError("stopped")
     finally:
-        if not done.is_set():
-            # a signal's process is about to end, and has few seconds to say so elsewhere
-            _abort(mailbox, wait=stop is not None and stop.is_set())
+        # a signal's process is about to end, and has few seconds to say so elsewhere: it does not wait
+        _end(mailbox, running=not done.is_set(), wait=stop is not None and stop.is_set())
     if failure:
         raise failure[0]
     return outcome[0]
 
 
-def _abort(mailbox: Any, *, wait: bool) -> None:
-    """End the workers and give back what they held; the checkpoints stay. `wait` until it is done."""
+def _end(mailbox: Any, *, running: bool, wait: bool) -> None:
+    """End the workers, if they run, give back what they held, and then the controller; the checkpoints stay."""
     with contextlib.suppress(RayError):  # whatever is gone already need not be ended
         controller = ray.get(mailbox.controller.remote(), timeout=ABORT_SECONDS)
-        if controller is not None:
+        if controller is None:
+            return
+        if running:
             ended = controller.abort.remote()
-            if wait:
+            if not wait:
+                return
+            with contextlib.suppress(RayError):  # it ends itself, which is an error
                 ray.get(ended, timeout=ABORT_SECONDS)
+        ray.kill(controller)  # left to itself, the exit of one in some forty hung for good, with 1 GB (Ray 2.60)
 
 
 def _cause(error: BaseException) -> str:
