@@ -107,6 +107,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         tracker = Tracker(config.track)
         stored = yaml.safe_dump(stripped(yaml.safe_load(dump_config(config))), sort_keys=False)
         if record is None:
+            picture = _views_picture(config, data.train)  # data that cannot be read leave no run
             tags = {"jem.job": "pretrain", "jem.method": config.method.name, "jem.name": folder.name}
             record = {
                 "run_id": tracker.start_run(folder.name, config, tags),
@@ -116,7 +117,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             }
             folder.write(stored, record)
             tracker.log_text(record["run_id"], stored, "config.yaml")
-            tracker.log_image(record["run_id"], _views_picture(config, data.train), "views.png")
+            tracker.log_image(record["run_id"], picture, "views.png")
         else:
             tracker.resume_run(record["run_id"])
         with _ending(tracker, folder, record):
