@@ -164,7 +164,8 @@ def resumed(given: C, changeable: frozenset[str] = frozenset()) -> tuple[C, RunF
     changes: dict[str, Any] = {"storage": given.storage, "resume": given.resume}
     changes |= {name: value for name in ("data", "test") if (value := getattr(given, name))}
     changes["cluster"] = own.cluster.model_dump() | given.cluster.model_dump(exclude_unset=True)
-    changes["train"] = own.train.model_dump() | {"parts": own.parts}
+    if changes["cluster"]["workers"] != own.cluster.workers:
+        changes["train"] = own.train.model_dump() | {"parts": own.parts}
     changes["track"] = own.track.model_copy(update={"uri": given.track.uri or own.track.uri})
     try:
         return type(given).model_validate(own.model_dump() | changes), folder, record
