@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import _thread
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,15 @@ def test_a_trial_that_goes_on_reports_what_was_known_and_no_epoch_twice():
     assert notes.epochs[5] == [Epoch(1, 0.5, 0), Epoch(2, 0.6, 0), Epoch(3, 0.8, 0)]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Signals reach Python as in a process of its own, whatever was done to it before."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before or signal.default_int_handler)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_search_tells_the_book_and_ends_its_trials(tmp_path: Path):
     def work(trial: Trial, told: Any, stop: threading.Event) -> tuple[dict[str, float], float, str]:
         (tmp_path / f"running-{trial.number}").touch()
