@@ -93,7 +93,7 @@ def traffic() -> dict[str, tuple[float, float, float]]:
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join(300)
+            worker.join(900)
         if any(worker.exitcode != 0 for worker in workers):
             raise SystemExit(f"{recipe}: a worker failed")
         gradient, images, few, many = queue.get()
@@ -106,10 +106,7 @@ def traffic() -> dict[str, tuple[float, float, float]]:
 
 
 def _steps(rank: int, port: int, recipe: str, queue: Any) -> None:
-    """One worker's passes of two steps, one of twice the images.
-
-    The images are small, which changes nothing but MoCo's figure: shuffled batch norm sends the images themselves.
-    """
+    """One worker's passes of two steps, one of twice the images."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.TCPStore("127.0.0.1", port, is_master=False))
     config = load_config(PretrainConfig, ["--recipe", recipe, "--data", "x"])
@@ -147,12 +144,16 @@ def _steps(rank: int, port: int, recipe: str, queue: Any) -> None:
 
 
 def _small_views(config: PretrainConfig, images: int, rank: int) -> Views:
-    """Noise in the recipe's number of views, 64 px, local ones 32 px."""
+    """Noise in the recipe's number of views, small: only what is derived from them is sent, but for MoCo.
+
+    Its shuffled batch norm sends the images themselves.
+    """
     views: list[torch.Tensor] = []
     masks: list[torch.Tensor | None] = []
     for view in config.augment.views:
         for _ in range(view.count):
-            side = 64 if view.size > 128 else 32
+            small = 64 if view.size > 128 and config.method.name != "wmse" else 32
+            side = view.size if config.method.name == "moco" else small
             views.append(torch.randn(images, 3, side, side))
             patches = (side // view.mask.patch) ** 2 if view.mask else 0
             masks.append(torch.arange(patches).expand(images, -1) < patches // 2 if view.mask else None)
