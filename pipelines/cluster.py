@@ -114,8 +114,6 @@ def _join(address: str) -> None:
     """Connect to a running cluster; a host that does not answer is found out before Ray begins to retry."""
     target = urlsplit(address if "://" in address else f"gcs://{address}")
     advice = "check cluster.address and RAY_ADDRESS, or leave both out to run on this machine"
-    # what this process's C++ half would write into a job's log; the cluster's own processes keep theirs
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         if target.hostname and target.port:
             socket.create_connection((target.hostname, target.port), CONNECT_SECONDS).close()

@@ -300,7 +300,8 @@ def _print(result: TuneResult, search: Search, where: str) -> None:
             random = f", random {pretrained.random[key]:.1%}" if key in pretrained.random else ""
             print(f"  {label:<7}{pretrained.pretrained[key]:.1%} (the best trial's encoder{random})")
     print(f"registered as {pretrained.encoder}")
-    print(f"  start it again:  jem pretrain --config {result.recipe}")
+    local = "://" not in result.recipe
+    print(f"  start it again:  jem pretrain --config {result.recipe if local else f'{BEST}, from {search.storage}'}")
     print(f"  pictures:        {search.storage}/{PARALLEL}, {IMPORTANCE}")
     print(f"  look:            {where}")
 

@@ -81,6 +81,9 @@ class Seen:
     as_wanted: bool
 
 
+RAYS = re.compile(r"Runtime env is setting up|ray/issues/53727")
+"""Two lines of Ray's own: its first, and one of each actor pool, which only another log level would silence; that
+is announced with a line too."""
 NOISE = re.compile(r"\r|\(pid=|\(raylet|Traceback|\*\*\*|🏃|^\[?\d{4}-\d\d-\d\d|WARNING|Warning|^E\d{4}|\x1b")
 
 
@@ -117,7 +120,7 @@ class Session:
         wait_for(over, f"the end of {name}", seconds=JOB_SECONDS)
         about, log = self.nodes.about(name), self.nodes.log(name)
         lines = log.splitlines()
-        odd = [line for line in log.split("\n") if NOISE.search(line) and "Runtime env is" not in line]
+        odd = [line for line in log.split("\n") if NOISE.search(line) and not RAYS.search(line)]
         seen = Seen(
             name, time.monotonic() - began, job.returncode, about["status"], about.get("driver_exit_code"), len(lines),
             odd, lines[-1], workers, as_wanted=not odd and (about["status"], about.get("driver_exit_code")) == wanted,

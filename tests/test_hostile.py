@@ -456,7 +456,7 @@ def test_no_credential_is_written_or_printed_by_a_whole_run(
     small += ["--method.expander", "[32, 32]", "--train.batch_size", "64", "--train.epochs", "1", "--limit", "128"]
     jobs = [
         ["ingest", f"file://{tmp_path}/source{query}", f"{tmp_path}/set"],
-        ["pretrain", "--data", data, "--storage", f"file://{tmp_path}/runs{query}", "--name", "one", *small, *store],
+        ["pretrain", "--data", data, "--storage", f"file://{tmp_path}/runs", "--name", "one", *small, *store],
         ["encoders", "show", "models:/vicreg-resnet18/1", *store],
         ["embed", "--encoder", "models:/vicreg-resnet18/1", "--data", data, "--out", str(out), "--limit", "64", *store],
     ]

@@ -13,11 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from jem.config import AdamWConfig, TrainConfig, VICRegConfig
+from jem.data.plan import Plan
 from jem.methods.base import Method, Progress, StepOutput
 from jem.train.loop import _step
 from jem.train.optimizers import build_optimizer
 from jem.train.watch import Watch
 from tests.methods.cases import CASES, STEPS, part
+
+PLAN = Plan([12], seed=0, batch_size=12, world=1)
 
 aten = torch.ops.aten
 READS = {
@@ -91,7 +94,7 @@ def step_of(method: Method, views: Any) -> set[str]:
     watch = Watch(train, cast("Any", Silent()), STEPS, scaled=False)
     before = Progress(STEPS, STEPS + 2, STEPS - 1, False, 0)
     with Reads() as reads, Fetches() as fetches:
-        output = _step(method, method, optimizer, views, cast("Any", config), torch.device("cpu"), before)
+        output = _step(method, method, optimizer, views, PLAN, cast("Any", config), torch.device("cpu"), before)
         method.after_step(Progress(STEPS + 1, STEPS + 2, STEPS - 1, False, 0))
         watch.step(output, 12, STEPS, {"lr": 0.1}, last=False)
     return reads.names | fetches.names
