@@ -228,11 +228,7 @@ def test_it_goes_on_where_no_whole_cpu_is_free(numbered: Index) -> None:
     plan = Plan(numbered.rows, seed=0, batch_size=20, world=1)
     try:
         batches = list(ray_batches(numbered, plan, SMALL, 0, START, 1, decode_tasks=1, deadline=60))
-<<<<<<< HEAD
-        rows = len(dataset(numbered, 8, 10**6).take_all())
-=======
         rows = dataset(numbered, 8, 10**6).take_all()
->>>>>>> main
     finally:
         ray.kill(held)
     assert len(batches) == plan.steps(0)
@@ -275,11 +271,11 @@ def test_a_killed_decode_process_costs_nothing(
     mark = tmp_path / "killed"
     real = stream_module.read_window
 
-    def dying(*args: object, **options: object) -> object:
+    def dying(*args: object) -> object:
         if not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **options)  # type: ignore[arg-type]
+        return real(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(stream_module, "read_window", dying)
     plan = Plan(numbered.rows, seed=0, batch_size=20, world=1)

@@ -121,7 +121,7 @@ def test_waiting_for_the_least_number_ends_with_a_reason(monkeypatch: pytest.Mon
     monkeypatch.setattr(elastic.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(elastic.time, "sleep", lambda _: None)
     policy = policy_of([2, 4])
-    monkeypatch.setattr(policy, "_nodes_that_answer", lambda: set[str]())
+    monkeypatch.setattr(policy, "_nodes_that_answer", set[str])
     policy.make_decision_for_non_running_worker_group()
     now[0] = 104
     policy.make_decision_for_non_running_worker_group()
