@@ -7,6 +7,7 @@ the least number has an end.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,12 +19,15 @@ from ray.train.v2._internal.execution.scaling_policy.scaling_policy import Scali
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 from ray.train.v2.api.config import ScalingConfig  # mypy takes ray.train's for that of Train V1, and the trainer too
 from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jem.errors import RunError
 
 ANSWER_SECONDS = 30.0
 PAUSE_SECONDS = 1.0
 """Between looks for workers while there are too few: Ray Train would look without a pause."""
+PROBE_SECONDS = 10.0
+"""In which a node must run a task that does nothing."""
 KEEP_SECONDS = 300.0
 """In which the workers must have kept a checkpoint before a resize; it costs the steps since the last one otherwise."""
 
@@ -57,6 +61,7 @@ class Divisors(ElasticScalingPolicy):
         super().__init__(scaling)
         self._worlds, self._beside, self._deadline, self._mailbox = tuple(worlds), beside, deadline, mailbox
         self._short_since: float | None = None
+        self._answering: set[str] | None = None
         self._wanted: tuple[ResizeDecision, float, int] | None = None
         self._kept = False
 
@@ -67,7 +72,9 @@ class Divisors(ElasticScalingPolicy):
             RunError: There was no room for the least number before the deadline.
         """
         self._wanted = None
+        self._answering = self._nodes_that_answer()
         decision = super().make_decision_for_non_running_worker_group()
+        self._answering = None
         if isinstance(decision, ResizeDecision):
             self._short_since = None
             return decision
@@ -118,10 +125,28 @@ class Divisors(ElasticScalingPolicy):
             for node in ray.nodes()  # type: ignore[no-untyped-call]
             if node["Alive"] and node["NodeID"] not in leaving
         }
+        if self._answering is not None:
+            nodes = {key: resources for key, resources in nodes.items() if key in self._answering}
         room = super()._count_possible_workers({key: each for key, each in reserved_resources.items() if key in nodes})
         cpus = sum(resources.get("CPU", 0.0) for resources in nodes.values())
         each = self.scaling_config._resources_per_worker_not_none.get("CPU", 0.0) + self._beside  # noqa: SLF001
         return max((world for world in self._worlds if world <= room and world * each <= cpus + 1e-9), default=0)
+
+    def _nodes_that_answer(self) -> set[str]:
+        """A node that is lost is listed as alive for up to a minute: workers on it would be waited for in vain."""
+        probe: Any = ray.remote(num_cpus=0)(_here)
+        alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        asked = {
+            probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(key, soft=False)).remote(): key
+            for key in alive
+        }
+        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=PROBE_SECONDS)
+        found = set()
+        for reference in done:
+            with contextlib.suppress(RayError):
+                ray.get(reference)
+                found.add(asked[reference])
+        return found
 
     def _ask(self, method: str, *arguments: Any) -> int | None:
         try:
@@ -129,3 +154,7 @@ class Divisors(ElasticScalingPolicy):
         except RayError:
             return None
         return answer
+
+
+def _here() -> None:
+    """The task that a node answers with."""

@@ -53,6 +53,23 @@ def test_the_number_divides_the_parts_and_leaves_room_to_decode(
     assert policy_of([2, 4, 8])._count_possible_workers(cluster.reserved) == expected
 
 
+def test_a_node_that_does_not_answer_is_not_counted_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(monkeypatch, (2.5, True, False), (2.5, True, False))
+    policy = policy_of([2, 4])
+    counted: list[int] = []
+
+    def decide(self: Any) -> Any:
+        counted.append(self._count_possible_workers(cluster.reserved))
+        return ResizeDecision(num_workers=counted[-1], resources_per_worker={"CPU": 1.0})
+
+    monkeypatch.setattr(ElasticScalingPolicy, "make_decision_for_non_running_worker_group", decide)
+    for answering in ({"0", "1"}, {"1"}):
+        monkeypatch.setattr(policy, "_nodes_that_answer", lambda found=answering: found)
+        policy.make_decision_for_non_running_worker_group()
+    assert counted == [4, 2]
+    assert policy._count_possible_workers(cluster.reserved) == 4, "while it runs, what is listed counts"
+
+
 class Letters:
     """In place of the mailbox: the answers come when they are let."""
 
@@ -104,6 +121,7 @@ def test_waiting_for_the_least_number_ends_with_a_reason(monkeypatch: pytest.Mon
     monkeypatch.setattr(elastic.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(elastic.time, "sleep", lambda _: None)
     policy = policy_of([2, 4])
+    monkeypatch.setattr(policy, "_nodes_that_answer", set[str])
     policy.make_decision_for_non_running_worker_group()
     now[0] = 104
     policy.make_decision_for_non_running_worker_group()
