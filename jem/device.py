@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
-
 import torch
 from torch import Tensor
 
-KEPT_BYTES, KEPT_BY_OLD = 2**30, 2**25
-"""Of freed memory; and what an older glibc takes for it at most."""
+from jem.memory import keep_freed
 
 
 def put(tensor: Tensor, device: torch.device) -> Tensor:
@@ -20,14 +16,6 @@ def put(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def use_cpu(threads: int) -> None:
-    """Let torch use so many threads of a CPU, and keep freed memory for the next step, where the C library is glibc's.
-
-    It gives large blocks back to the system as they are freed, and each step would begin with half of a million page
-    faults: 8 % of the time of a ResNet-18 at 32 px.
-    """
+    """Let torch use so many threads of a CPU, and keep freed memory for the next step."""
     torch.set_num_threads(max(1, threads))
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # musl has none
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        mallopt(mmap_threshold, KEPT_BYTES) or mallopt(mmap_threshold, KEPT_BY_OLD)
-        mallopt(trim_threshold, KEPT_BYTES)
+    keep_freed()

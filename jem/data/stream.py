@@ -26,6 +26,7 @@ from jem.data.ahead import Ahead
 from jem.data.plan import Plan, Position, Window
 from jem.data.read import Arrays, Rows, as_batch, read_window, tell
 from jem.errors import RetryError, RunError
+from jem.memory import keep_freed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -45,9 +46,9 @@ SPAN = 512
 """Windows in one Ray Data execution."""
 STORE_SHARE = 0.3
 """Of the object store, for all workers' streams together; Ray Data alone would take half of it for each."""
-BLOCKS_AHEAD, IMAGES_AHEAD = (4, 6), 2**13
-"""Blocks for each decode task that wait to be used, least and most, and images in them: to decode many seconds ahead at
-the start would take the processor from the training meanwhile."""
+BLOCKS_AHEAD = 4
+"""Blocks for each decode task that wait to be used: to decode many seconds ahead at the start would take the processor
+from the training meanwhile."""
 CHUNK_BYTES = 32 * 2**20
 """Decoded images in one block, if that is more than one batch."""
 TASK_BYTES, TASK_IMAGES = 32 * 2**20, 2**14
@@ -158,6 +159,7 @@ def dataset(
     per_block = max(1, CHUNK_BYTES // (canvas * canvas * 3))
 
     def decode(manifest: pa.Table) -> Iterator[Arrays]:
+        keep_freed()
         for group in manifest.column("group").to_pylist():
             count = int(index.rows[group])
             rows = Rows(index, np.full(count, group), np.arange(count), replace=replace)
@@ -199,6 +201,7 @@ def _decoded(
     together = max(1, min(CHUNK_BYTES // batch_bytes, plan.window_steps()))
 
     def decode(manifest: pa.Table) -> Iterator[Arrays]:
+        keep_freed()
         for row in manifest.column("window").to_pylist():
             window = Window.of(json.loads(row))
             step = window.step + window.skip
@@ -214,9 +217,7 @@ def _decoded(
     # Ray joins what is not larger than this, and cuts what is half as large again: so it leaves ours as they are.
     manifest = _manifest(rows, blocks, together * batch_bytes)
     store = _cluster()[0].get("object_store_memory", 0.0) * STORE_SHARE / plan.world
-    least, most = BLOCKS_AHEAD
-    ahead = max(least, min(most, IMAGES_AHEAD // (together * plan.batch_per_worker)))
-    store = min(store, ahead * tasks * together * batch_bytes)
+    store = min(store, BLOCKS_AHEAD * tasks * together * batch_bytes)
     manifest.context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store)
     return manifest.map_batches(
         decode,
