@@ -8,13 +8,16 @@ import os
 import signal
 import socket
 import threading
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jem.config import ClusterConfig, StreamConfig
@@ -25,6 +28,9 @@ KEEP_IDLE = ("RAY_idle_worker_killing_time_threshold_ms", "600000")
 """Ray ends processes that idle for a second when there are more than CPUs, and every decode task would start its own
 again: 3 s of a core each, which halved the training rate on 2 cores."""
 NODE_CHECK_SECONDS = 60.0
+LOOK_SECONDS = 2.0
+"""Between looks for nodes that the autoscaler was asked for."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,42 @@ def place(
     # 2 tasks, 1111 with 3, 1073 with 4). They reserve less than a CPU so that a small machine can hold them.
     useful = int(cluster.cpus / workers) + 1
     return Placement(gpu=gpu, decode_tasks=min(stream.decode_tasks or useful, tasks))
+
+
+def await_room(
+    config: ClusterConfig, each: dict[str, float], count: int, fit: Callable[[Cluster], T]
+) -> tuple[Cluster, T]:
+    """The cluster, and what `fit` makes of it; where it does not fit, when the autoscaler has brought nodes.
+
+    It is asked for the room of `count` bundles of resources `each`, and no longer once the job fits: what the job then
+    holds keeps the nodes.
+
+    Raises:
+        InputError: It does not fit, even after `cluster.wait_for_nodes` seconds.
+    """
+    end, asked = time.monotonic() + config.wait_for_nodes, False
+    try:
+        while True:
+            cluster = look()
+            try:
+                return cluster, fit(cluster)
+            except InputError as error:
+                if time.monotonic() >= end:
+                    raise
+                if not asked:
+                    asked = True
+                    print(f"waiting at most {config.wait_for_nodes:g} s for nodes: {error}", flush=True)
+                    request_resources(bundles=[each] * count)
+            time.sleep(min(LOOK_SECONDS, max(0.0, end - time.monotonic())))
+    finally:
+        if asked:
+            request_resources(bundles=[])
+
+
+def bundle(config: ClusterConfig, stream: StreamConfig, pool_cpus: float) -> dict[str, float]:
+    """What one train worker takes, with its augmentation actors and one decode task."""
+    cpus = config.cpus_per_worker + pool_cpus + stream.decode_cpus
+    return {"CPU": cpus, "GPU": 1.0} if config.gpu else {"CPU": cpus}
 
 
 def check_shared(cluster: Cluster, storage: str, data: str) -> None:

@@ -36,7 +36,7 @@ from jem.train.launch import Job, Trained, train
 from jem.train.online import encoder_of
 from jem.train.profile import LEAST
 from jem.train.schedules import scaled_lr
-from pipelines.cluster import check_shared, connect, look, place
+from pipelines.cluster import await_room, bundle, check_shared, connect, look, place
 from pipelines.command import main_for
 from pipelines.folder import RunFolder
 from pipelines.settings import dump_config
@@ -99,8 +99,14 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         raise InputError(f"the data set changed since run {folder.name} began: it cannot go on; start a new run")
     folder.check_writable()
 
-    with connect(config.cluster) as cluster:
-        placement = place(config.cluster, config.stream, cluster, config.augment.cpus_beside, config.worlds)
+    with connect(config.cluster):
+        beside = config.augment.cpus_beside
+        cluster, placement = await_room(
+            config.cluster,
+            bundle(config.cluster, config.stream, beside),
+            config.cluster.workers,
+            lambda cluster: place(config.cluster, config.stream, cluster, beside, config.worlds),
+        )
         check_shared(cluster, folder.storage, config.data)
         if config.stream.cache is not None:
             check_cache(data.train, config.stream, [node.store for node in cluster.nodes])
@@ -145,7 +151,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
 
 
 def resumed(given: C, changeable: frozenset[str] = frozenset()) -> tuple[C, RunFolder, dict[str, Any]]:
-    """The run's own configuration; of what is given only places, workers, and what is `changeable` may differ from it.
+    """The run's own configuration, to start anew; of what is given only places, workers, and `changeable` may differ.
 
     Raises:
         InputError: There is no such run, or something else is given.
@@ -161,7 +167,7 @@ def resumed(given: C, changeable: frozenset[str] = frozenset()) -> tuple[C, RunF
     other = [key for key in flat if key not in free and flat[key] not in (base.get(key), kept.get(key))]
     if other:
         raise InputError(f"a resumed run keeps its settings: leave out --{other[0]} (it was {kept.get(other[0])})")
-    changes: dict[str, Any] = {"storage": given.storage, "resume": given.resume}
+    changes: dict[str, Any] = {"storage": given.storage}
     changes |= {name: value for name in ("data", "test") if (value := getattr(given, name))}
     changes["cluster"] = own.cluster.model_dump() | given.cluster.model_dump(exclude_unset=True)
     if changes["cluster"]["workers"] != own.cluster.workers:

@@ -27,7 +27,7 @@ from jem.tracking.runs import Tracker
 from jem.train import checkpoint
 from jem.train.launch import Trained
 from jem.train.watch import Summary
-from pipelines.cluster import TRIAL_CPUS, Cluster, Placement, check_shared, connect, place
+from pipelines.cluster import TRIAL_CPUS, Cluster, Placement, await_room, bundle, check_shared, connect, place
 from pipelines.command import main_for
 from pipelines.folder import RunFolder
 from pipelines.pretrain import PretrainResult, fingerprint, finish, open_data, resumed
@@ -97,8 +97,13 @@ def tune(config: TuneConfig) -> TuneResult:
         raise InputError(f"the data set changed since search {folder.name} began: it cannot go on; start a new one")
     folder.check_writable()
 
-    with connect(config.cluster, dashboard=True) as cluster:
-        concurrent, placement = _side_by_side(config, count, cluster)
+    with connect(config.cluster, dashboard=True):
+        cluster, (concurrent, placement) = await_room(
+            config.cluster,
+            bundle(config.cluster, config.stream, config.augment.cpus_beside),
+            config.cluster.workers * min(config.search.concurrent or 1, count),
+            lambda cluster: _side_by_side(config, count, cluster),
+        )
         check_shared(cluster, folder.storage, config.data)
         if base.stream.cache is not None:
             check_cache(data.train, base.stream, [node.store for node in cluster.nodes])

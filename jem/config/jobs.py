@@ -82,7 +82,9 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> PretrainConfig:
-        if not self.data and self.resume is None:
+        if self.resume is not None:
+            return self  # what is given is a part: it is checked with the run's own settings
+        if not self.data:
             raise ValueError("data is missing: give a data set with --data, or go on with a run with --resume NAME")
         batch, workers, accumulate = self.train.batch_size, self.cluster.workers, self.train.accumulate
         if batch < workers:

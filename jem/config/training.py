@@ -111,6 +111,9 @@ class ClusterConfig(Section):
     gpu: bool | None = Field(None, description="one GPU per worker and NCCL; default: if the cluster has enough")
     cpus_per_worker: PositiveFloat = Field(0.5, description="CPUs that a train worker reserves")
     max_failures: int = Field(3, ge=-1, description="restarts after a dead worker; -1: without limit")
+    wait_for_nodes: NonNegative = Field(
+        0.0, description="seconds to wait for the autoscaler's nodes where a job does not fit; 0: it is refused at once"
+    )
     start_timeout: PositiveFloat = Field(
         300.0, description="seconds in which the workers must have started, or started again"
     )

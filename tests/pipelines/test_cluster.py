@@ -8,7 +8,8 @@ import pytest
 
 from jem.config import ClusterConfig, StreamConfig
 from jem.errors import InputError
-from pipelines.cluster import Cluster, Node, check_shared, place
+from pipelines import cluster as clusters
+from pipelines.cluster import Cluster, Node, await_room, bundle, check_shared, place
 
 STREAM = StreamConfig(decode_cpus=0.25)
 
@@ -31,6 +32,37 @@ def test_decode_tasks_are_planned_for_as_many_workers_as_fit() -> None:
     config = ClusterConfig(workers=4, min_workers=1, cpus_per_worker=0.5)
     fixed = place(ClusterConfig(workers=4, cpus_per_worker=0.5), STREAM, cluster_of(16.0))
     assert place(config, STREAM, cluster_of(16.0), worlds=[1, 2, 4]) == fixed
+
+
+def fit_four(cluster: Cluster) -> int:
+    return place(ClusterConfig(workers=4, cpus_per_worker=1.0), STREAM, cluster).decode_tasks
+
+
+@pytest.fixture
+def requests(monkeypatch) -> list[list[dict[str, float]]]:
+    """What the autoscaler is asked for."""
+    found: list[list[dict[str, float]]] = []
+    monkeypatch.setattr(clusters, "request_resources", lambda *, bundles: found.append(bundles))
+    monkeypatch.setattr(clusters, "LOOK_SECONDS", 0.01)
+    return found
+
+
+def test_a_job_waits_for_the_nodes_that_it_asked_for(requests, monkeypatch) -> None:
+    grown = iter([cluster_of(0.0), cluster_of(0.0, 4.0), cluster_of(0.0, 4.0, 4.0), cluster_of(99.0)])
+    monkeypatch.setattr(clusters, "look", lambda: next(grown))
+    config = ClusterConfig(workers=4, cpus_per_worker=1.0, wait_for_nodes=60.0, gpu=True)
+    cluster, tasks = await_room(config, bundle(config, STREAM, 0.5), 4, fit_four)
+    assert (cluster, tasks) == (cluster_of(0.0, 4.0, 4.0), 3)
+    assert requests == [[{"CPU": 1.75, "GPU": 1.0}] * 4, []]  # asked for once, then given back
+
+
+def test_a_job_is_refused_at_once_or_after_waiting(requests, monkeypatch) -> None:
+    monkeypatch.setattr(clusters, "look", lambda: cluster_of(2.0))
+    for seconds, asked in ((0.0, []), (0.05, [[{"CPU": 1.25}] * 4, []])):
+        config = ClusterConfig(workers=4, cpus_per_worker=1.0, wait_for_nodes=seconds)
+        with pytest.raises(InputError, match=r"holds 2 of 4 workers x 1 CPUs: lower cluster\.workers"):
+            await_room(config, bundle(config, STREAM, 0.0), 4, fit_four)
+        assert requests == asked
 
 
 @pytest.mark.ray

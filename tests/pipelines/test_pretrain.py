@@ -222,8 +222,10 @@ def test_a_storage_that_cannot_be_written_stops_the_run_which_goes_on_with_fewer
     in_the_way.unlink()
     assert (storage / "resized" / "step-00000004" / checkpoint.FILE).exists()
     resume = {"resume": "resized", "storage": str(storage)}
-    with pytest.raises(InputError, match=r"run resized cannot go on so: train\.parts 2 must be a multiple of .* 4"):
-        pretrain(PretrainConfig.model_validate(resume | {"cluster": {"workers": 4}}))
+    with pytest.raises(
+        InputError, match=r"run resized cannot go on so: train\.batch_size 64 does not divide among cluster\.workers 3"
+    ):
+        pretrain(PretrainConfig.model_validate(resume | {"cluster": {"workers": 3}}))  # nor do they divide by default
     result = pretrain(PretrainConfig.model_validate(resume | {"cluster": {"workers": 1}}))
     assert [step for step, _ in curve(result.run_id, "train/loss")] == list(range(1, STEPS + 1))
     state = checkpoint.load(storage / "resized" / f"step-{STEPS:08d}")
