@@ -12,6 +12,7 @@ plan     what 8, 64 and 512 GPUs need, from the costs measured here and the imag
 from __future__ import annotations
 
 import argparse
+import logging
 import multiprocessing
 import os
 import time
@@ -37,6 +38,8 @@ from pipelines.settings import load_config, recipe_names
 
 CANVAS = 256
 GPUS_PER_NODE = 8
+NODE_STORE = 2 * 2**30
+"""Bytes of a simulated node's object store."""
 IMAGES = 8
 MORE_IMAGES = {"wmse": 256}
 """Images on a worker in the smaller of two steps, where `IMAGES` are too few for the method."""
@@ -49,10 +52,11 @@ def stream_rates(index: Index) -> None:
     """Print images/s by number of decode tasks and of nodes."""
     print("| nodes | decode tasks | images/s | first batch, s |\n| --- | --- | --- | --- |")
     for nodes, tasks in ((1, 1), (1, 2), (1, 4), (2, 2), (4, 4)):
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": max(1, 2 // nodes)})
+        room = {"num_cpus": max(1, 2 // nodes), "object_store_memory": NODE_STORE}
+        cluster = Cluster(initialize_head=True, head_node_args={**room, "include_dashboard": False})
         for _ in range(nodes - 1):
-            cluster.add_node(num_cpus=1)
-        ray.init(address=cluster.address, log_to_driver=False)
+            cluster.add_node(**room)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         ours = Ours(index, CANVAS, 1, tasks)
         ours()
         began = time.perf_counter()
