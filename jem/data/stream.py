@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from dataclasses import asdict
 from itertools import islice
@@ -53,8 +54,8 @@ CHUNK_BYTES = 32 * 2**20
 """Decoded images in one block, if that is more than one batch."""
 TASK_BYTES, TASK_IMAGES = 32 * 2**20, 2**14
 """Encoded images that a decode task reads, whichever is less: about 0.2 s of work, for which it pays to start one."""
-REST_SECONDS, REST_TIMES, REST_SLICE = 0.5, 50, 0.01
-"""Longest rest of Ray Data's scheduling thread; how many times as long as its work; seconds between looks."""
+REST_SECONDS, REST_TIMES = 0.5, 50
+"""Longest rest of Ray Data's scheduling thread; how many times as long as its work."""
 DEADLINE = 300.0
 """Seconds in which a batch must come."""
 QUIET = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
@@ -188,7 +189,7 @@ def _manifest(rows: list[dict[str, Any]], blocks: int, block_bytes: int) -> ray.
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = block_bytes
-    context.custom_execution_callback_classes.append(_Pace)
+    context.custom_execution_callback_classes.append(_Start)
     return manifest
 
 
@@ -218,6 +219,7 @@ def _decoded(
     manifest = _manifest(rows, blocks, together * batch_bytes)
     store = _cluster()[0].get("object_store_memory", 0.0) * STORE_SHARE / plan.world
     store = min(store, BLOCKS_AHEAD * tasks * together * batch_bytes)
+    manifest.context.custom_execution_callback_classes.append(_Pace)
     manifest.context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store)
     return manifest.map_batches(
         decode,
@@ -228,32 +230,66 @@ def _decoded(
     )
 
 
+class _Start(ExecutionCallback):
+    """Asks in each round at the start what the cluster has, until the answer has come.
+
+    Ray Data asks in its first round and looks at the answer a second later: until then it would start one task after
+    the other.
+    """
+
+    def __init__(self) -> None:
+        self._known = False
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Called by Ray Data at the end of each round."""
+        if not self._known:
+            manager = executor._resource_manager  # noqa: SLF001 - nothing else tells
+            self._known = manager.get_global_limits().cpu > 0
+            manager._global_limits_last_update_time = 0.0  # noqa: SLF001 - as above
+
+
 class _Pace(ExecutionCallback):
-    """Keeps Ray Data's scheduling thread from going round for nothing, and from waiting for nothing.
+    """Keeps Ray Data's scheduling thread from going round for nothing.
 
-    While decoded batches wait to be taken it would go round and round without a pause: beside a training step in the
-    same process it took half of the time, and made the step three times slower (2 workers on 2 cores). So it rests then
-    fifty times as long as a round took of the processor, or until nothing waits any more.
-
-    And what the cluster has is asked for in its first round, answered soon after, but looked at once a second: until
-    then it would start one task after the other.
+    While nobody takes what is decoded it would go round and round without a pause, as its tasks have results which it
+    may not take: beside a training step in the same process it took half of the time, and made the step three times
+    slower. So it rests then fifty times as long as a round took of the processor, or until a reader waits for it.
     """
 
     def __init__(self) -> None:
         self._used = 0.0
-        self._started = False
 
     def on_execution_step(self, executor: Any) -> None:
         """Called by Ray Data at the end of each round."""
+        del executor
         used = time.thread_time()
-        until = time.monotonic() + min(REST_SECONDS, REST_TIMES * max(0.0, used - self._used))
-        while time.monotonic() < until and not executor._consumer_idling():  # noqa: SLF001 - nothing else tells
-            time.sleep(REST_SLICE)
+        _readers.waiting.wait(min(REST_SECONDS, REST_TIMES * (used - self._used)))
         self._used = time.thread_time()
-        if not self._started:
-            manager = executor._resource_manager  # noqa: SLF001 - as above
-            self._started = manager.get_global_limits().cpu > 0
-            manager._global_limits_last_update_time = 0.0  # noqa: SLF001 - as above
+
+
+class _Readers:
+    """The threads of this process that wait for Ray Data's next block."""
+
+    def __init__(self) -> None:
+        self.waiting = threading.Event()
+        """Whether there are any."""
+        self._count, self._lock = 0, threading.Lock()
+
+    def take(self, blocks: Iterator[Arrays]) -> Arrays | None:
+        """The next block, or None at the end."""
+        self._add(1)
+        try:
+            return next(blocks, None)
+        finally:
+            self._add(-1)
+
+    def _add(self, number: int) -> None:
+        with self._lock:
+            self._count += number
+            (self.waiting.set if self._count else self.waiting.clear)()
+
+
+_readers = _Readers()
 
 
 class _ViewMaker:
@@ -342,7 +378,8 @@ class _Span:
 
 def _batches(rows: ray.data.Dataset) -> Iterator[Arrays]:
     """The rows of a data set, one by one; no copies."""
-    for block in rows.iter_batches(batch_size=None, prefetch_batches=0):
+    blocks = iter(rows.iter_batches(batch_size=None, prefetch_batches=0))
+    while (block := _readers.take(blocks)) is not None:
         for at in range(len(block["step"])):
             yield {name: array[at] for name, array in block.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -190,6 +191,21 @@ def test_closing_ends_the_reading(numbered: Index) -> None:
     assert "jem-stream" in {thread.name for thread in threading.enumerate()}
     batches.close()
     assert "jem-stream" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_waits_to_be_taken_takes_no_processor_time(numbered: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "BLOCKS_AHEAD", 1)  # decode tasks have results, and may not give them
+    monkeypatch.setattr(stream_module, "TASK_IMAGES", 60)
+    plan = Plan(numbered.rows, 0, 20, 1)
+    batches = ray_batches(numbered, plan, SMALL, 0, START, 100, decode_tasks=3)
+    next(batches)
+    time.sleep(2)
+    used = time.process_time()
+    time.sleep(2)
+    used = time.process_time() - used
+    batches.close()  # type: ignore[attr-defined]
+    assert used < 0.2, f"{used / 2:.0%} of a core"
 
 
 @pytest.mark.usefixtures("ray_cluster")
