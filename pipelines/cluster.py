@@ -17,6 +17,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 import ray
+from ray._private.services import find_bootstrap_address
 from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -95,7 +96,8 @@ def connect(config: ClusterConfig, *, dashboard: bool = False) -> Iterator[Clust
             _join(address)
         else:
             os.environ.setdefault(*KEEP_IDLE)
-            ray.init(include_dashboard=dashboard, logging_level=logging.ERROR, log_to_driver=False)
+            # not "auto", which would be a cluster that runs here, or ran
+            ray.init("local", include_dashboard=dashboard, logging_level=logging.ERROR, log_to_driver=False)
         if threading.current_thread() is threading.main_thread():
             # Ray's own writes a C++ stack into the log first; the handler that it gave Python only ends the process
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
@@ -117,7 +119,9 @@ def look() -> Cluster:
 
 
 def _join(address: str) -> None:
-    """Connect to a running cluster; a host that does not answer is found out before Ray begins to retry."""
+    """Connect to a running cluster; a host that does not answer is found out before Ray retries for minutes."""
+    if address == "auto":
+        address = find_bootstrap_address(None) or address  # of the last cluster started here, which may be gone
     target = urlsplit(address if "://" in address else f"gcs://{address}")
     advice = "check cluster.address and RAY_ADDRESS, or leave both out to run on this machine"
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from jem.config import ClusterConfig, StreamConfig
 from jem.errors import InputError
 from pipelines import cluster as clusters
-from pipelines.cluster import Cluster, Node, await_room, bundle, check_shared, place
+from pipelines.cluster import Cluster, Node, await_room, bundle, check_shared, connect, place
 
 STREAM = StreamConfig(decode_cpus=0.25)
 
@@ -63,6 +64,19 @@ def test_a_job_is_refused_at_once_or_after_waiting(requests, monkeypatch) -> Non
         with pytest.raises(InputError, match=r"holds 2 of 4 workers x 1 CPUs: lower cluster\.workers"):
             await_room(config, bundle(config, STREAM, 0.0), 4, fit_four)
         assert requests == asked
+
+
+def test_a_cluster_that_is_gone_is_not_waited_for(monkeypatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        gone = f"127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setattr(clusters, "find_bootstrap_address", lambda _: gone)
+        monkeypatch.setattr("ray.is_initialized", lambda: False)
+        with (
+            pytest.raises(InputError, match=f"no Ray .* at {gone}"),
+            connect(ClusterConfig(address="auto")),
+        ):
+            pass
 
 
 @pytest.mark.ray
