@@ -32,7 +32,8 @@ from jem.methods import build_method
 from jem.tracking.pictures import loss_curves, projection
 from jem.tracking.registry import register_encoder
 from jem.tracking.runs import Tracker
-from jem.train.launch import Job, Trained, train
+from jem.train.job import Job, Trained
+from jem.train.launch import train
 from jem.train.online import encoder_of
 from jem.train.profile import LEAST
 from jem.train.schedules import scaled_lr

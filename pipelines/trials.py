@@ -25,7 +25,8 @@ from jem.search.sampling import propose
 from jem.search.space import Settings, Space, refusal, varied
 from jem.search.trials import ONLINE, Epoch, Objective, Trial
 from jem.tracking.runs import Tracker
-from jem.train.launch import Job, Trained, train
+from jem.train.job import Job, Trained
+from jem.train.launch import train
 from jem.train.online import encoder_of
 from pipelines.cluster import Placement
 from pipelines.folder import RunFolder

@@ -25,7 +25,7 @@ from jem.search.space import Space, space_of, varied
 from jem.search.trials import Objective, Trial, objective_of, ranked
 from jem.tracking.runs import Tracker
 from jem.train import checkpoint
-from jem.train.launch import Trained
+from jem.train.job import Trained
 from jem.train.watch import Summary
 from pipelines.cluster import TRIAL_CPUS, Cluster, Placement, await_room, bundle, check_shared, connect, place
 from pipelines.command import main_for

@@ -56,7 +56,7 @@ class Divisors(ElasticScalingPolicy):
             worlds: The numbers that may be chosen.
             beside: CPUs that each worker needs on the cluster beside its own, for decoding.
             deadline: Seconds in which the least number must be there.
-            mailbox: Carries the wish for a checkpoint to the workers, and the answer; see `launch.Mailbox`.
+            mailbox: Carries the wish for a checkpoint to the workers, and the answer; see `mailbox.Mailbox`.
         """
         super().__init__(scaling)
         self._worlds, self._beside, self._deadline, self._mailbox = tuple(worlds), beside, deadline, mailbox

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +27,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jem.augment.views import Augment, generator, prefetched
 from jem.batch import Batch, Views
-from jem.config import AugmentConfig, PretrainConfig
-from jem.data.cache import Cache, cached_batches
-from jem.data.index import Index
+from jem.config import AugmentConfig
+from jem.data.cache import cached_batches
 from jem.data.plan import Plan, Position
 from jem.data.read import Told
 from jem.data.stream import ray_batches, views_batches
@@ -42,11 +39,12 @@ from jem.progress import Progress
 from jem.train import checkpoint
 from jem.train.checkpoint import State
 from jem.train.elastic import Divisors, ElasticTrainer
+from jem.train.job import Job, Trained
 from jem.train.loop import Phase, fit
+from jem.train.mailbox import Mailbox
 from jem.train.news import ANSWER_SECONDS, FLUSH_SECONDS, Announced, Losses, News, OnTerm
 from jem.train.online import OnlineKNN
 from jem.train.profile import Profile
-from jem.train.watch import Summary
 
 POLL_SECONDS = 0.5
 START_FAILURES = 10
@@ -54,117 +52,6 @@ START_FAILURES = 10
 CLOSE_SECONDS = 60.0
 """Wait of a finished training for an MLflow that is away."""
 ABORT_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a train worker needs to know."""
-
-    config: PretrainConfig
-    name: str
-    storage: str
-    """Absolute folder, or URI, in which the run's own folder is."""
-    index: Index
-    test: Index | None
-    classes: int | None
-    gpu: bool
-    decode_tasks: int
-    """At a time, per worker."""
-    cache: Cache | None
-    tracking_uri: str
-    run_id: str
-    share: float = 1.0
-    """Of a machine's cores, where trainings run side by side."""
-
-    def plan(self, world: int | None = None) -> Plan:
-        """The order of the images, for so many workers; default: the most that the run may have."""
-        config = self.config
-        return Plan(
-            self.index.rows,
-            config.seed,
-            config.train.batch_size,
-            world or config.cluster.workers,
-            config.stream.window,
-            config.stream.remainder,
-            config.parts,
-        )
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A finished training."""
-
-    state: State
-    summary: Summary
-    checkpoint: str
-    """Where the last checkpoint is."""
-
-
-class Mailbox:
-    """An actor that carries the workers' news to the driver, and the reason why a run must not be tried again.
-
-    And the wish for a checkpoint before the number of workers changes, to rank 0, and its answer; and the images that
-    could not be read.
-    """
-
-    def __init__(self) -> None:
-        self._news: deque[tuple[str, Any]] = deque(maxlen=10_000)
-        self._fatal: str | None = None
-        self._wishes, self._answered = 0, 0
-        self._lost: set[int] = set()
-        self._lost_shards: set[str] = set()
-        self._controller: Any = None
-
-    def put(self, kind: str, value: Any) -> None:
-        """Add one piece of news."""
-        self._news.append((kind, value))
-
-    def take(self) -> list[tuple[str, Any]]:
-        """All news since the last call."""
-        news, self._news = list(self._news), deque(maxlen=10_000)
-        return news
-
-    def give_up(self, reason: str) -> None:
-        """Let no worker begin again."""
-        self._fatal = self._fatal or reason
-
-    def fatal(self) -> str | None:
-        """Why no worker may begin again."""
-        return self._fatal
-
-    def want(self, workers: int) -> int:
-        """Wish for a checkpoint, to go on with so many workers; returns the number of the wish."""
-        self.put("say", f"the cluster has room for {workers} workers: keeping a checkpoint, then going on with them")
-        self._wishes += 1
-        return self._wishes
-
-    def state(self) -> tuple[int, int]:
-        """The number of the latest wish, and of the images that were lost."""
-        return self._wishes, len(self._lost)
-
-    def answer(self, wish: int) -> None:
-        """A checkpoint is kept since that wish."""
-        self._answered = wish
-
-    def answered(self) -> int:
-        """The latest wish since which a checkpoint is kept."""
-        return self._answered
-
-    def lose(self, positions: list[int], shards: dict[str, str]) -> int:
-        """Note images that cannot be read, and why each shard's cannot; returns how many there are by now."""
-        for name in shards.keys() - self._lost_shards:
-            self._lost_shards.add(name)
-            self.put("say", f"warning: {shards[name]}; other images stand in for those that are lost")
-        self._lost.update(positions)
-        return len(self._lost)
-
-    def led_by(self, controller: Any) -> None:
-        """Note the handle of Ray Train's controller."""
-        self._controller = controller
-
-    def controller(self) -> Any:
-        """The handle of Ray Train's controller; None before it has begun."""
-        return self._controller
 
 
 class _Found(ControllerCallback):

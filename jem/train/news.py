@@ -28,7 +28,7 @@ from jem.train.watch import Summary
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from jem.train.launch import Job
+    from jem.train.job import Job
 
 ANSWER_SECONDS = 30.0
 FLUSH_SECONDS = 10.0
