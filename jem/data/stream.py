@@ -50,9 +50,11 @@ STORE_SHARE = 0.3
 BLOCKS_AHEAD = 4
 """Blocks for each decode task that wait to be used: to decode many seconds ahead at the start would take the processor
 from the training meanwhile."""
-CHUNK_BYTES = 32 * 2**20
-"""Decoded images in one block, if that is more than one batch."""
-TASK_BYTES, TASK_IMAGES = 32 * 2**20, 2**14
+CHUNK_BYTES = 8 * 2**20
+"""Decoded images in one block of the stream, if that is more than one batch."""
+BLOCK_BYTES = 32 * 2**20
+"""Decoded images in one block for evaluation and embedding."""
+TASK_BYTES, TASK_IMAGES = 32 * 2**20, 2**13
 """Encoded images that a decode task reads, whichever is less: about 0.2 s of work, for which it pays to start one."""
 REST_SECONDS, REST_TIMES = 0.5, 50
 """Longest rest of Ray Data's scheduling thread; how many times as long as its work."""
@@ -157,7 +159,7 @@ def dataset(
     Columns are `image` uint8 (S, S, 3), `size` int32 (2,) height and width before squashing, `id` and `label` int64.
     With `replace` others stand in for the images that cannot be had, whose positions are in the column `lost`.
     """
-    per_block = max(1, CHUNK_BYTES // (canvas * canvas * 3))
+    per_block = max(1, BLOCK_BYTES // (canvas * canvas * 3))
 
     def decode(manifest: pa.Table) -> Iterator[Arrays]:
         keep_freed()
@@ -169,7 +171,7 @@ def dataset(
 
     together = -(-len(index.rows) // (8 * SPAN))  # so that even a very large set has few thousand tasks
     groups = [{"group": group} for group in range(len(index.rows))]
-    manifest = _manifest(groups, -(-len(groups) // together), CHUNK_BYTES)
+    manifest = _manifest(groups, -(-len(groups) // together), BLOCK_BYTES)
     return manifest.map_batches(decode, batch_format="pyarrow", batch_size=None, num_cpus=decode_cpus)
 
 
