@@ -108,7 +108,8 @@ def test_a_resize_is_made_without_a_checkpoint_that_does_not_come(monkeypatch: p
     monkeypatch.setattr(elastic.time, "monotonic", lambda: now[0])
     policy = policy_of([2, 4])
     monkeypatch.setattr(policy, "_ask", Letters())
-    for now[0] in (0.0, elastic.KEEP_SECONDS):
+    for seconds in (0.0, elastic.KEEP_SECONDS):
+        now[0] = seconds
         assert isinstance(policy.make_decision_for_running_worker_group(None, None), NoopDecision)  # type: ignore[arg-type]
     now[0] += 1
     assert policy.make_decision_for_running_worker_group(None, None) is wanted  # type: ignore[arg-type]
