@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,6 +83,8 @@ def ray_cluster(own_world: Path) -> Iterator[None]:
             configure_logging=False,
         )
     yield
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("StreamingExecutor")]
+    assert not left, "an execution of Ray Data outlived what read it, which can end the whole process"
     ray.shutdown()
 
 

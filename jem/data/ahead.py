@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 POLL_SECONDS = 0.1
 END_SECONDS = 10.0
+CLOSED: ContextVar[threading.Event | None] = ContextVar("closed", default=None)
+"""In a thread that reads ahead: set as soon as nobody wants the items any more."""
 
 
 class Ahead(Generic[T]):
@@ -58,6 +61,7 @@ class Ahead(Generic[T]):
         self.close()
 
     def _read(self) -> None:
+        CLOSED.set(self._closed)
         try:
             items = self._make()
             for item in items:

@@ -23,7 +23,7 @@ import ray.data
 from ray.data import ExecutionResources, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from jem.data.ahead import Ahead
+from jem.data.ahead import CLOSED, Ahead
 from jem.data.plan import Plan, Position, Window
 from jem.data.read import Arrays, Rows, as_batch, read_window, tell
 from jem.errors import RetryError, RunError
@@ -175,6 +175,14 @@ def dataset(
     return manifest.map_batches(decode, batch_format="pyarrow", batch_size=None, num_cpus=decode_cpus)
 
 
+def read_blocks(rows: ray.data.Dataset) -> Iterator[Arrays]:
+    """The blocks of a data set, without copies; closing the `Ahead` that reads them ends the execution."""
+    rows.context.custom_execution_callback_classes.append(_Pace)
+    made = iter(rows.iter_batches(batch_size=None, prefetch_batches=0))
+    while (block := _readers.take(made)) is not None:
+        yield block
+
+
 # --- executions -------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +229,6 @@ def _decoded(
     manifest = _manifest(rows, blocks, together * batch_bytes)
     store = _cluster()[0].get("object_store_memory", 0.0) * STORE_SHARE / plan.world
     store = min(store, BLOCKS_AHEAD * tasks * together * batch_bytes)
-    manifest.context.custom_execution_callback_classes.append(_Pace)
     manifest.context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store)
     return manifest.map_batches(
         decode,
@@ -250,20 +257,35 @@ class _Start(ExecutionCallback):
             manager._global_limits_last_update_time = 0.0  # noqa: SLF001 - as above
 
 
+class _ClosedError(Exception):
+    """Nobody reads what the execution makes."""
+
+
 class _Pace(ExecutionCallback):
-    """Keeps Ray Data's scheduling thread from going round for nothing.
+    """Keeps Ray Data's scheduling thread from going round for nothing, and ends it with its reader.
 
     While nobody takes what is decoded it would go round and round without a pause, as its tasks have results which it
     may not take: beside a training step in the same process it took half of the time, and made the step three times
     slower. So it rests then fifty times as long as a round took of the processor, or until a reader waits for it.
+
+    An execution ends when its reader leaves it, which a reader that waits for a block cannot. Without a free CPU it
+    would outlive Ray, which ends the whole process then.
     """
 
     def __init__(self) -> None:
         self._used = 0.0
+        self._closed: threading.Event | None = None
+
+    def before_execution_starts(self, executor: Any) -> None:
+        """Called by Ray Data in the thread that reads."""
+        del executor
+        self._closed = CLOSED.get()
 
     def on_execution_step(self, executor: Any) -> None:
-        """Called by Ray Data at the end of each round."""
+        """Called by Ray Data at the end of each round; an exception ends the execution, and goes to the reader."""
         del executor
+        if self._closed is not None and self._closed.is_set():
+            raise _ClosedError
         used = time.thread_time()
         _readers.waiting.wait(min(REST_SECONDS, REST_TIMES * (used - self._used)))
         self._used = time.thread_time()
@@ -380,8 +402,7 @@ class _Span:
 
 def _batches(rows: ray.data.Dataset) -> Iterator[Arrays]:
     """The rows of a data set, one by one; no copies."""
-    blocks = iter(rows.iter_batches(batch_size=None, prefetch_batches=0))
-    while (block := _readers.take(blocks)) is not None:
+    for block in read_blocks(rows):
         for at in range(len(block["step"])):
             yield {name: array[at] for name, array in block.items()}
 

@@ -15,7 +15,7 @@ import torch
 
 from jem.data.ahead import Ahead
 from jem.data.read import as_batch
-from jem.data.stream import dataset
+from jem.data.stream import dataset, read_blocks
 from jem.device import use_cpu
 from jem.errors import InputError, RunError
 from jem.evaluate.judge import Features
@@ -243,7 +243,7 @@ def within(rows: ray.data.Dataset, deadline: float) -> Iterator[Arrays]:
         RunError: nothing came in time, or the work failed; our own errors within Ray's are brought to light.
     """
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # it would report each of its executions
-    with Ahead(lambda: iter(rows.iter_batches(batch_size=None)), 4, "jem-extract") as ahead:
+    with Ahead(lambda: read_blocks(rows), 4, "jem-extract") as ahead:
         while (block := _next(ahead, deadline)) is not None:
             yield block
 

@@ -188,9 +188,15 @@ def test_closing_ends_the_reading(numbered: Index) -> None:
     plan = Plan(numbered.rows, seed=0, batch_size=20, world=1)
     batches = ray_batches(numbered, plan, SMALL, 0, START, 100, decode_tasks=2)
     next(batches)
-    assert "jem-stream" in {thread.name for thread in threading.enumerate()}
+    assert _streaming()
     batches.close()
-    assert "jem-stream" not in {thread.name for thread in threading.enumerate()}
+    assert not _streaming()
+
+
+def _streaming() -> list[str]:
+    """Threads that read a stream, or schedule its tasks."""
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith(("jem-stream", "StreamingExecutor"))]
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -228,6 +234,8 @@ def test_without_a_free_cpu_it_ends_with_a_reason_instead_of_hanging(numbered: I
     greedy = StreamConfig(canvas=8, decode_cpus=400)
     with pytest.raises(RunError, match=r"no batch came for 3 s: one decode task asks for 400 CPUs, the cluster has 4"):
         next(ray_batches(numbered, plan, greedy, 0, START, 1, decode_tasks=1, deadline=3))
+    assert not _streaming(), "Ray ends the whole process if it is shut down under an execution"
+    assert not _streaming(), "Ray ends the process of an execution that is still there when Ray is shut down"
 
 
 @pytest.mark.usefixtures("ray_cluster")
