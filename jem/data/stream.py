@@ -3,8 +3,8 @@
 One row of these Ray data sets is one *batch*: so Ray never cuts a batch or joins two, and a batch is a tensor in the
 object store, without a copy. A decode task sends several of them as one block, which costs Ray as much as a block of
 one. What is read is a manifest of windows (`plan.py`), a few integers each. Long runs are cut into spans of windows,
-one execution each, of which the next begins before the last ends: no gap between epochs, and no millions of objects at
-the start.
+one execution each, of which the next begins as soon as the last has nothing left to decode, while its batches are
+taken: no gap between epochs, no millions of objects at the start, and never more decode tasks than were asked for.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import logging
 import threading
 import time
+from contextvars import ContextVar
 from dataclasses import asdict
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ import ray.data
 from ray.data import ExecutionResources, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from jem.data.ahead import CLOSED, Ahead
+from jem.data.ahead import CLOSED, POLL_SECONDS, Ahead
 from jem.data.plan import Plan, Position, Window
 from jem.data.read import Arrays, Rows, as_batch, read_window, tell
 from jem.errors import RetryError, RunError
@@ -261,6 +262,10 @@ class _ClosedError(Exception):
     """Nobody reads what the execution makes."""
 
 
+_DECODED: ContextVar[threading.Event | None] = ContextVar("decoded", default=None)
+"""In a thread that reads a span: set as soon as all of it is decoded."""
+
+
 class _Pace(ExecutionCallback):
     """Keeps Ray Data's scheduling thread from going round for nothing, and ends it with its reader.
 
@@ -275,17 +280,20 @@ class _Pace(ExecutionCallback):
     def __init__(self) -> None:
         self._used = 0.0
         self._closed: threading.Event | None = None
+        self._decoded: threading.Event | None = None
 
     def before_execution_starts(self, executor: Any) -> None:
         """Called by Ray Data in the thread that reads."""
         del executor
-        self._closed = CLOSED.get()
+        self._closed, self._decoded = CLOSED.get(), _DECODED.get()
 
     def on_execution_step(self, executor: Any) -> None:
         """Called by Ray Data at the end of each round; an exception ends the execution, and goes to the reader."""
-        del executor
         if self._closed is not None and self._closed.is_set():
             raise _ClosedError
+        operators = executor._topology  # noqa: SLF001 - nothing else tells
+        if self._decoded is not None and all(operator.has_execution_finished() for operator in operators):
+            self._decoded.set()
         used = time.thread_time()
         _readers.waiting.wait(min(REST_SECONDS, REST_TIMES * (used - self._used)))
         self._used = time.thread_time()
@@ -344,19 +352,19 @@ def _rows(
     stream: StreamConfig,
     deadline: float,
 ) -> Iterator[Arrays]:
-    """The rows of one execution after the other, the next one begun while the last windows of one are decoded."""
+    """The rows of one execution after the other, the next one begun while the last batches of one are taken."""
     windows = plan.windows(rank, start, stop_epoch)
     expected = plan.positions(start, stop_epoch)
     lead = max(8, 2 * tasks)
     current: _Span | None = None
-    following = _Span.begin(windows, execution, stream.prefetch)
+    following = _Span.begin(windows, execution, stream.prefetch, None)
     try:
         while following is not None:
             current, following = following, None
             due = sum(len(window) for window in current.windows[:-lead])
             for taken in range(current.batches):
                 if taken == due:
-                    following = _Span.begin(windows, execution, stream.prefetch)
+                    following = _Span.begin(windows, execution, stream.prefetch, current)
                 row = current.next(deadline, stream)
                 position = Position(int(row["epoch"]), int(row["step"]))
                 if position != (wanted := next(expected)):
@@ -372,16 +380,28 @@ def _rows(
 class _Span:
     """One execution, read ahead."""
 
-    def __init__(self, windows: list[Window], execution: Execution, ahead: int) -> None:
+    def __init__(self, windows: list[Window], execution: Execution, ahead: int, before: _Span | None) -> None:
         self.windows = windows
         self.batches = sum(len(window) for window in windows)
-        self._rows = Ahead(lambda: _batches(execution(windows)), ahead, "jem-stream")
+        self.decoded = threading.Event()
+        self._rows = Ahead(lambda: self._read(execution, before), ahead, "jem-stream")
 
     @classmethod
-    def begin(cls, windows: Iterator[Window], execution: Execution, ahead: int) -> _Span | None:
-        """Take the next windows, if there are any, and start to decode them."""
+    def begin(cls, windows: Iterator[Window], execution: Execution, ahead: int, before: _Span | None) -> _Span | None:
+        """Take the next windows, if there are any, and start to decode them when those `before` are decoded."""
         some = list(islice(windows, SPAN))
-        return cls(some, execution, ahead) if some else None
+        return cls(some, execution, ahead, before) if some else None
+
+    def _read(self, execution: Execution, before: _Span | None) -> Iterator[Arrays]:
+        """The rows, one by one; no copies."""
+        rows, closed = execution(self.windows), CLOSED.get()
+        while before is not None and not before.decoded.wait(POLL_SECONDS):
+            if closed is not None and closed.is_set():
+                return
+        _DECODED.set(self.decoded)
+        for block in read_blocks(rows):
+            for at in range(len(block["step"])):
+                yield {name: array[at] for name, array in block.items()}
 
     def next(self, deadline: float, stream: StreamConfig) -> Arrays:
         """The next row."""
@@ -398,13 +418,6 @@ class _Span:
     def close(self) -> None:
         """End the execution."""
         self._rows.close()
-
-
-def _batches(rows: ray.data.Dataset) -> Iterator[Arrays]:
-    """The rows of a data set, one by one; no copies."""
-    for block in read_blocks(rows):
-        for at in range(len(block["step"])):
-            yield {name: array[at] for name, array in block.items()}
 
 
 def _cluster() -> tuple[dict[str, float], dict[str, float]]:

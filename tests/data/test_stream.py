@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -148,25 +149,42 @@ def test_a_long_run_goes_through_many_executions_in_order(numbered: Index, monke
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_next_execution_begins_before_the_last_one_ends(numbered: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_module, "SPAN", 12)
+def test_the_next_execution_begins_before_the_last_one_ends_with_no_more_tasks(
+    numbered: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "SPAN", 24)
     begun: list[int] = []
-    real = stream_module._decoded
+    active: dict[object, int] = {}
+    most = 0
 
-    def counted(*args: object, **options: object) -> object:
+    pace = stream_module._Pace
+    before, step = pace.before_execution_starts, pace.on_execution_step
+
+    def starts(self: Any, executor: Any) -> None:
+        before(self, executor)
         begun.append(taken)
-        return real(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stream_module, "_decoded", counted)
+    def steps(self: Any, executor: Any) -> None:
+        nonlocal most
+        active[executor] = sum(operator.num_active_tasks() for operator in executor._topology)
+        most = max(most, sum(active.values()))
+        step(self, executor)
+
+    monkeypatch.setattr(pace, "before_execution_starts", starts)
+    monkeypatch.setattr(pace, "on_execution_step", steps)
+    monkeypatch.setattr(stream_module, "TASK_IMAGES", 60)
+    monkeypatch.setattr(stream_module, "BLOCKS_AHEAD", 1)  # tasks wait until something was taken
     plan = Plan(numbered.rows, seed=0, batch_size=20, world=1, window=1)
     taken = 0
-    for _ in ray_batches(numbered, plan, SMALL, 0, START, 1, decode_tasks=2):
+    for _ in ray_batches(numbered, plan, SMALL, 0, START, 4, decode_tasks=3):
         taken += 1
-    per_span = 12 * plan.window_steps()
-    assert taken == plan.steps(0)
+        time.sleep(0.01)  # as long as a step takes
+    per_span = 24 * plan.window_steps()
+    assert taken == plan.total_steps(4)
     assert begun[0] == 0
     assert all(at < number * per_span for number, at in enumerate(begun[1:], 1))
-    assert len(begun) == -(-plan.steps(0) // per_span)
+    assert len(begun) == -(-taken // per_span) > 1
+    assert most == 3
 
 
 @pytest.mark.usefixtures("ray_cluster")
