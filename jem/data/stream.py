@@ -22,6 +22,7 @@ import numpy as np
 import ray
 import ray.data
 from ray.data import ExecutionResources, TaskPoolStrategy
+from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from jem.data.ahead import CLOSED, POLL_SECONDS, Ahead
@@ -55,12 +56,16 @@ CHUNK_BYTES = 8 * 2**20
 """Decoded images in one block of the stream, if that is more than one batch."""
 BLOCK_BYTES = 32 * 2**20
 """Decoded images in one block for evaluation and embedding."""
-TASK_BYTES, TASK_IMAGES = 32 * 2**20, 2**13
+TASK_BYTES, TASK_IMAGES = 16 * 2**20, 2**13
 """Encoded images that a decode task reads, whichever is less: about 0.2 s of work, for which it pays to start one."""
+LOOK_SECONDS = 0.02
+"""How often Ray Data looks for what its tasks have done. With its own 0.1 s, for which there is no setting, a processor
+would have nothing to do for 0.3 s between two tasks."""
 REST_SECONDS, REST_TIMES = 0.5, 50
 """Longest rest of Ray Data's scheduling thread; how many times as long as its work."""
 DEADLINE = 300.0
 """Seconds in which a batch must come."""
+streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = LOOK_SECONDS
 QUIET = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
 """Loggers that would report every execution, and that it has no progress bar."""
 
