@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -255,6 +256,7 @@ class Harm(threading.Thread):
         try:
             self._what = self._act()
         except BaseException as error:  # noqa: BLE001 - raised again by `done`
+            traceback.print_exc()  # at once: the run may wait for what it was to bring about
             self._error = error
 
     def done(self) -> str:
