@@ -228,6 +228,7 @@ def lab(folder: Path) -> Iterator[Lab]:
         made.cluster = Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20, "include_dashboard": False},
+            shutdown_at_exit=False,  # else a node can be added in the main thread alone; they are ended below
         )
         for _ in range(2):
             made.add_node()
