@@ -396,7 +396,7 @@ def kills(lab: Lab, options: argparse.Namespace) -> Row:
         dead: set[str] = set()
         for number in range(options.kills):
             until(lambda before=dead: {note["start"] for note in notes_of(name)} - before)
-            time.sleep(dice.uniform(0, 4))
+            time.sleep(dice.uniform(0, 12))
             dead = {note["start"] for note in notes_of(name)}
             step = max(note["step"] for note in notes_of(name))
             if number % 2:

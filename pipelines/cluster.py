@@ -250,6 +250,8 @@ def check_shared(cluster: Cluster, storage: str, data: str) -> None:
                 raise InputError(
                     f"node {node.id[:8]} did not answer in {NODE_CHECK_SECONDS:.0f} s: see `ray status`"
                 ) from None
+            except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
+                continue  # it was lost a moment ago: whether the others suffice is Ray Train's to find out
             if lost:
                 raise InputError(
                     f"node {node.id[:8]} does not see {' and '.join(lost)}: use a folder that all nodes share, or a URI"

@@ -16,6 +16,7 @@ import ray.train.torch
 import torch
 from ray.exceptions import RayActorError, RayError
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import ReschedulingState, RestartingState
 from ray.train.v2.api.config import (  # mypy takes those of ray.train for Train V1's
     CheckpointConfig,
     FailureConfig,
@@ -54,10 +55,11 @@ CLOSE_SECONDS = 60.0
 ABORT_SECONDS = 5.0
 
 
-class _Found(ControllerCallback):
-    """Gives the mailbox the handle of Ray Train's controller, which `fit()` keeps to itself: it alone ends a training.
+class _Told(ControllerCallback):
+    """Gives the mailbox the handle of Ray Train's controller, and says why the workers start again.
 
-    Without it the workers and their placement group would outlive a driver that stops early and lives on (ray #54305).
+    `fit()` keeps the handle to itself, and the controller alone ends a training: without it the workers and their
+    placement group would outlive a driver that stops early and lives on (ray #54305).
     """
 
     def __init__(self, mailbox: Any) -> None:
@@ -67,6 +69,13 @@ class _Found(ControllerCallback):
         """Called in the controller's process."""
         del train_run_context
         ray.get(self._mailbox.led_by.remote(ray.get_runtime_context().current_actor), timeout=ANSWER_SECONDS)
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Called in the controller's process."""
+        del previous_state
+        if isinstance(current_state, RestartingState | ReschedulingState):
+            why = _cause(current_state.training_failed_error)
+            self._mailbox.put.remote("say", f"the workers start again, from the last checkpoint: {why}")
 
 
 def train(
@@ -131,7 +140,7 @@ def _trainer(job: Job, mailbox: Any) -> TorchTrainer:
                 controller_failure_limit=START_FAILURES if cluster.max_failures < 0 else cluster.max_failures,
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
-            callbacks=[OnTerm(), _Found(mailbox)],  # type: ignore[list-item]
+            callbacks=[OnTerm(), _Told(mailbox)],  # type: ignore[list-item]
         ),
     }
     if cluster.min_workers is None:

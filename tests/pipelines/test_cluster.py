@@ -85,7 +85,8 @@ def test_several_nodes_may_see_a_storage_that_is_not_made_yet(tmp_path: Path) ->
     import ray
 
     here = Node(ray.get_runtime_context().get_node_id(), 1.0, 0.0, 0.0)
-    check_shared(Cluster((here, here)), str(tmp_path / "new" / "runs"), str(tmp_path))
+    lost = Node("a" * 56, 1.0, 0.0, 0.0)
+    check_shared(Cluster((here, lost, here)), str(tmp_path / "new" / "runs"), str(tmp_path))
     assert not (tmp_path / "new" / "runs").exists()
     with pytest.raises(InputError, match="does not see data"):
         check_shared(Cluster((here, here)), str(tmp_path), str(tmp_path / "no" / "data"))

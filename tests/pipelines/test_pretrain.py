@@ -149,7 +149,7 @@ def test_a_name_that_is_taken_is_refused_and_a_finished_run_is_not_resumed(undis
         pretrain(PretrainConfig(resume="nosuch", storage=str(storage)))
 
 
-def test_a_killed_worker_costs_steps_and_nothing_else(undisturbed, digits_dataset, digits_test, storage):
+def test_a_killed_worker_costs_steps_and_nothing_else(undisturbed, digits_dataset, digits_test, storage, capsys):
     killed: list[int] = []
 
     def kill() -> None:
@@ -163,6 +163,9 @@ def test_a_killed_worker_costs_steps_and_nothing_else(undisturbed, digits_datase
     thread.join(1)
     assert killed, "nothing was killed, so nothing was shown"
     _is_as_undisturbed(result, undisturbed, storage)
+    said = capsys.readouterr().err
+    assert said.count("the workers start again, from the last checkpoint: ") == 1
+    assert said.count("going on from step 4 with 1 worker(s)") == 1
 
 
 @pytest.fixture
