@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -243,6 +244,7 @@ def within(rows: ray.data.Dataset, deadline: float) -> Iterator[Arrays]:
         RunError: nothing came in time, or the work failed; our own errors within Ray's are brought to light.
     """
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # it would report each of its executions
+    warnings.filterwarnings("ignore", "The minimum number of concurrent actors")  # of a small data set
     with Ahead(lambda: read_blocks(rows), 4, "jem-extract") as ahead:
         while (block := _next(ahead, deadline)) is not None:
             yield block
