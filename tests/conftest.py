@@ -75,6 +75,7 @@ def ray_cluster(own_world: Path) -> Iterator[None]:
 
     if not ray.is_initialized():
         ray.init(
+            "local",  # whatever else runs on this machine
             num_cpus=4,
             num_gpus=0,
             include_dashboard=False,

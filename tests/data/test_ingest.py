@@ -472,7 +472,7 @@ import jem.data.ingest
 from jem.config import IngestConfig
 from jem.progress import Progress
 
-ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
 each = jem.data.ingest._each
 
 def until_three(*args):
