@@ -377,7 +377,7 @@ def _rows(
                 yield row
             current.close()
     finally:
-        for span in (current, following):
+        for span in (following, current):
             if span is not None:
                 span.close()
 
@@ -421,7 +421,8 @@ class _Span:
         return row
 
     def close(self) -> None:
-        """End the execution."""
+        """End the execution; the next one need not wait for it."""
+        self.decoded.set()
         self._rows.close()
 
 

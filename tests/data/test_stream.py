@@ -188,6 +188,18 @@ def test_the_next_execution_begins_before_the_last_one_ends_with_no_more_tasks(
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_the_next_execution_does_not_wait_for_one_whose_batches_were_all_taken(
+    numbered: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last batch may be taken before Ray Data notes that the last task has ended."""
+    monkeypatch.setattr(stream_module, "SPAN", 9)
+    monkeypatch.setattr(stream_module._Pace, "on_execution_step", lambda self, executor: None)
+    plan = Plan(numbered.rows, seed=0, batch_size=20, world=1, window=1)
+    batches = ray_batches(numbered, plan, SMALL, 0, START, 2, decode_tasks=2, deadline=10)
+    assert len(list(batches)) == plan.total_steps(2)
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_settings_of_the_process_stay_as_they_are(numbered: Index) -> None:
     import ray.data
 
