@@ -1,6 +1,6 @@
 # Everything goes into .venv. `make demo` and `make test` do their own set-up; a second call installs nothing.
 #   make demo      the main job, offline, on scikit-learn's digits
-#   make test      all tests, in two processes   (make test ARGS="-m 'not ray'" for those without Ray)
+#   make test      all tests          (make test ARGS="-m 'not ray'" for those without Ray)
 #   make lint      ruff, mypy, import layers
 #   make setup     only the set-up    (make setup PYTHON=python3.12 to choose the interpreter)
 
@@ -18,7 +18,7 @@ demo: $(READY)
 	$(BIN)/jem demo $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -154,16 +154,9 @@ def digits_test(own_world: Path, digits_split: tuple[np.ndarray, ...]) -> Path:
     return write_digits(own_world / "digits-test", digits_split[2], digits_split[3], shards=1)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests without Ray first: what fails quickly is seen quickly, and the cluster starts once, late.
-
-    In several processes (`-n`) one of them runs those with Ray, on one cluster, while another runs those without.
-    """
+    """Tests without Ray first: what fails quickly is seen quickly, and the cluster starts once, late."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
-    for item in items:
-        if item.get_closest_marker("ray") and not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")

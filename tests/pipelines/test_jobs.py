@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from tests.cluster import Nodes, mlflow_server, ray_nodes, wait_for, write_images
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("jobs")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 JOB_SECONDS = 240.0
 NOISE = re.compile(r"\r|\x1b|\*\*\*|Traceback|\(pid=|WARN|logging\.cc")
 """A bar's carriage return, colours, and what Ray would say beside the job."""
