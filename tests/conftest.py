@@ -46,6 +46,7 @@ def own_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "RAY_idle_worker_killing_time_threshold_ms": "600000",  # as pipelines.cluster starts it
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # of Ray Train's looks at its workers, for trainings of seconds
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "COLUMNS": "120",
