@@ -1,15 +1,17 @@
 """The training loop on the real stream beside the same step on tensors that are in memory already.
 
-    python benchmarks/end_to_end.py [--steps 40] [--rounds 3]
+    python benchmarks/end_to_end.py [cpu resnet18 resnet50 vit] [--steps 40] [--rounds 3] [--compile]
 
-CPU: VICReg's CPU recipe (ResNet-18, 32 px, batch 256) on CIFAR-10. Where there is a GPU, also ResNet-18 with the CIFAR
-stem at 32 px, ResNet-50 and ViT-S/16 at 224 px, on photographs.
+cpu       VICReg's CPU recipe, ResNet-18 at 32 px, batch 256, on CIFAR-10
+resnet18  where there is a GPU: VICReg, ResNet-18 with the CIFAR stem at 32 px, batch 512, on CIFAR-10
+resnet50  where there is a GPU: BYOL, ResNet-50 at 224 px, batch 256, on photographs
+vit       where there is a GPU: MoCo v3, ViT-S/16 at 224 px, batch 256, on photographs
 
 memory      the same views in each step
 augmented   the same decoded batch in each step, augmented anew
 stream      decoded by the stream, augmented, trained on: the whole loop
 
-The first 8 steps of each run, with the stream's start, are left out.
+The first 8 steps of each run, with the stream's start, and the last one, with the checkpoint, are left out.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from alternate import Way, in_turns, table
@@ -39,15 +42,17 @@ from jem.train.watch import Summary
 from pipelines.cluster import Cluster, Node, place
 from pipelines.settings import load_config
 
+VIT = '{"name": "vit_small", "patch": 16}'
 GPU_RUNS = {
-    "ResNet-18, CIFAR stem, 32 px": ("vicreg-cifar10", "--train.batch_size", "512"),
-    "ResNet-50, 224 px": ("byol-imagenet", "--train.batch_size", "256", "--cluster.workers", "1"),
-    "ViT-S/16, 224 px": ("mocov3-imagenet", "--train.batch_size", "256", "--cluster.workers", "1"),
+    "resnet18": ("VICReg, ResNet-18 with CIFAR stem, 32 px", "vicreg-cifar10", "--train.batch_size", "512"),
+    "resnet50": ("BYOL, ResNet-50, 224 px", "byol-imagenet", "--train.batch_size", "256"),
+    "vit": ("MoCo v3, ViT-S/16, 224 px", "mocov3-imagenet", "--train.batch_size", "256", "--backbone", VIT),
 }
 
 
 WARM_UP = 8
 """Steps."""
+Item = TypeVar("Item")
 
 
 class Quiet:
@@ -106,45 +111,45 @@ class Loop:
             pin_memory=pin,
         )
         drawn = (generator(0, *position, 0) for position in self.plan.positions(start, 1000))
-        for _, views in prefetched(self.timed(batches), drawn, self.augment, self.device, self.dtype):
+        # on a CPU the step makes the views itself, on a GPU it waits for those that are made beside it
+        decoded = batches if pin else self.timed(batches)
+        pairs = prefetched(decoded, drawn, self.augment, self.device, self.dtype)
+        for _, views in self.timed(pairs) if pin else pairs:
             yield views
 
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same, and notes for how long it waited after the warm-up."""
+    def timed(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The same, one for each step, and notes for how long it waited after the warm-up."""
         waited, began = 0.0, 0.0
         try:
             for step in range(self.steps):
                 asked = time.perf_counter()
-                batch = next(batches)
+                item = next(items)
                 if step == WARM_UP:
                     began = time.perf_counter()
                 elif step > WARM_UP:
                     waited += time.perf_counter() - asked
-                yield batch
+                yield item
         finally:
             self.waited.append(waited / (time.perf_counter() - began))
-            batches.close()  # type: ignore[attr-defined]
+            items.close()  # type: ignore[attr-defined]
 
     def run(self, source: str) -> tuple[int, float]:
-        """Train; returns the number of images after the warm-up, and in how many seconds."""
+        """Train; returns the number of images between the warm-up and the last step, and in how many seconds."""
         config, device = self.config, self.device
         torch.manual_seed(0)
         method = build_method(config.method, config.backbone, 1000, len(self.index))
-        began = 0.0
+        moments: list[float] = []
 
         def views(start: Position) -> Iterator[Views]:
-            nonlocal began
             for step, made in enumerate(getattr(self, source)(start)):
-                if step == WARM_UP:
+                if step in (WARM_UP, self.steps - 1):  # the last step's checkpoint, and the stream's end, do not count
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)
-                    began = time.perf_counter()
+                    moments.append(time.perf_counter())
                 yield made
 
         fit(config, method, views, _Short(self.plan, self.steps), Quiet(), _forget, device=device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (self.steps - WARM_UP) * config.train.batch_size, time.perf_counter() - began
+        return (self.steps - 1 - WARM_UP) * config.train.batch_size, moments[1] - moments[0]
 
 
 class _Short(Plan):
@@ -162,11 +167,10 @@ def _forget(_state: State | None, _step: int, _summary: Summary) -> None:
     pass
 
 
-def compare(title: str, recipe: tuple[str, ...], data: str, arguments: argparse.Namespace, device: str) -> None:
+def compare(title: str, recipe: Sequence[str], data: str, arguments: argparse.Namespace, device: str) -> None:
     """Print the table of one network."""
-    config = load_config(
-        PretrainConfig, ["--recipe", recipe[0], "--data", data, "--evaluation.online", "null", *recipe[1:]]
-    )
+    alone = ("--cluster.workers", "1", "--evaluation.online", "null")
+    config = load_config(PretrainConfig, ["--recipe", recipe[0], "--data", data, *alone, *recipe[1:]])
     loop = Loop(config, open_index(data), arguments.steps, torch.device(device))
     print(f"{title}: {arguments.steps} steps of {config.train.batch_size}", flush=True)
     ways = [Way(name, lambda name=name: loop.run(name)) for name in ("stream", "memory", "augmented")]  # type: ignore[misc]
@@ -174,27 +178,33 @@ def compare(title: str, recipe: tuple[str, ...], data: str, arguments: argparse.
     print(table(title, ways))
     stream, memory, augmented = ways
     print(f"the loop on the stream reaches {stream.median / memory.median:.2f} of the rate from memory, and", end=" ")
-    print(f"{stream.median / augmented.median:.2f} of that with augmentation;", end=" ")
+    print(f"{stream.median / augmented.median:.2f} of that with augmentation, which makes a step", end=" ")
+    print(f"{memory.median / augmented.median - 1:.1%} longer;", end=" ")
     print(f"it waits for data for {statistics.median(loop.waited):.1%} of the time\n")
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="The loop on the stream beside the step from memory")
+    parser.add_argument("what", nargs="*", default=["cpu", *GPU_RUNS])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="with train.compile")
     arguments = parser.parse_args()
     use_cpu(torch.get_num_threads())  # as a train worker does
     cifar = str((SHARED / "cifar10/train").resolve())
+    more = ("--train.compile",) if arguments.compile else ()
     with own_ray(), memory_folder() as folder:
-        small = ("vicreg-cifar10-cpu", "--cluster.workers", "1")
-        compare("ResNet-18, 32 px, CPU", small, cifar, arguments, "cpu")
+        if "cpu" in arguments.what:
+            compare("ResNet-18, 32 px, CPU", ("vicreg-cifar10-cpu", *more), cifar, arguments, "cpu")
+        chosen = [GPU_RUNS[name] for name in GPU_RUNS if name in arguments.what]
         if not torch.cuda.is_available():
             print("no GPU here: nothing is measured on one")
             return
+        print(torch.cuda.get_device_name())
         photographs(Path(folder), PHOTOS)
-        for title, recipe in GPU_RUNS.items():
-            compare(title, recipe, cifar if "32 px" in title else folder, arguments, "cuda")
+        for title, *recipe in chosen:
+            compare(title, (*recipe, *more), cifar if "32 px" in title else folder, arguments, "cuda")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jem.config import ViewConfig
 
 BLOCK_Y, BLOCK_X = 16, 32  # pixels of a tile, whose rows are neighbours in memory
+WARPS = 4
 
 
 def available(device: torch.device) -> bool:
@@ -116,7 +117,7 @@ def _launch(
     tiles = -(-size // BLOCK_Y) * -(-size // BLOCK_X)
     grid = (rows * tiles,)
     # fusion is said because its default changes with Triton 3.10, and 3.9 warns of that
-    block = {"block_y": BLOCK_Y, "block_x": BLOCK_X, "enable_fp_fusion": True}
+    block = {"block_y": BLOCK_Y, "block_x": BLOCK_X, "num_warps": WARPS, "enable_fp_fusion": True}
     source = (images.shape[0], images.shape[2], images.shape[3], images.stride(), size)
     white = 255 if images.dtype == torch.uint8 else 1
     blurred = int((here[:, kernels.BLURRED.value] >= 0).sum())
@@ -130,8 +131,8 @@ def _launch(
         kernels.crop_and_colour[grid](images, there, means, out, sharp, *source, mean, std, white=white, **block)
         if blurred:
             half = torch.empty_like(sharp)
-            kernels.blur_across[grid](sharp, there, half, radius, size, **block)
-            kernels.blur_down[grid](half, there, out, radius, size, mean, std, **block)
+            kernels.blur_across[grid](sharp, there, half, size, radius=radius, **block)
+            kernels.blur_down[grid](half, there, out, size, mean, std, radius=radius, **block)
 
 
 def _table(boxes: Tensor, params: Sequence[ViewParams], size: int, solarize_from: float) -> Tensor:

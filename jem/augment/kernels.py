@@ -88,7 +88,7 @@ def crop_and_colour(
 
     images: (count, 3, height, width) with `strides`; `white` is the value that stands for 1.
     means: float32 (rows,), see `contrast_means`; read only where contrast changes.
-    out: (rows, size, size, 3). sharp: float32 (blurred rows, 3, size, size), in [0, 1].
+    out: (rows, size, size, 3). sharp: float32 (blurred rows, 3, size, size), in [0, 1], of each channel x by y.
     mean, std: of the three channels, for normalisation.
     """
     row, y, x = _place(size, block_y, block_x)
@@ -98,22 +98,31 @@ def crop_and_colour(
     colour = _jittered(colour, values, STEP_COUNT, average)
     blurred = tl.load(values + BLURRED).to(tl.int32)
     if blurred >= 0:
-        _store_planes(sharp, colour, blurred, y, x, size)
+        _store_transposed(sharp, colour, blurred, y, x, size)
     else:
         _finish(out, colour, values, row, y, x, size, mean, std)
 
 
 @triton.jit
 def blur_across(
-    sharp: tensor, table: tensor, half: tensor, radius: tensor, size: tensor, block_y: constexpr, block_x: constexpr
+    sharp: tensor,
+    table: tensor,
+    half: tensor,
+    size: tensor,
+    radius: constexpr,
+    block_y: constexpr,
+    block_x: constexpr,
 ) -> None:
-    """Blur along x, from `sharp` to `half`, both float32 (blurred rows, 3, size, size)."""
-    row, y, x = _place(size, block_y, block_x)
+    """Blur along x, from `sharp`, x by y, to `half`, y by x, both float32 (blurred rows, 3, size, size).
+
+    The axis that is blurred is never the one whose neighbours are neighbours in memory: so a warp's reads are.
+    """
+    row, x, y = _place(size, block_y, block_x)
     values = table + row * COLUMNS
     blurred = tl.load(values + BLURRED).to(tl.int32)
     if blurred >= 0:
-        colour = _blurred(sharp, values, blurred, y, x, size, radius, True)
-        _store_planes(half, colour, blurred, y, x, size)
+        colour = _blurred(sharp, values, blurred, x, y, size, radius)
+        _store_transposed(half, colour, blurred, x, y, size)
 
 
 @triton.jit
@@ -121,10 +130,10 @@ def blur_down(
     half: tensor,
     table: tensor,
     out: tensor,
-    radius: tensor,
     size: tensor,
     mean: tensor,
     std: tensor,
+    radius: constexpr,
     block_y: constexpr,
     block_x: constexpr,
 ) -> None:
@@ -133,7 +142,7 @@ def blur_down(
     values = table + row * COLUMNS
     blurred = tl.load(values + BLURRED).to(tl.int32)
     if blurred >= 0:
-        colour = _blurred(half, values, blurred, y, x, size, radius, False)
+        colour = _blurred(half, values, blurred, y, x, size, radius)
         _finish(out, colour, values, row, y, x, size, mean, std)
 
 
@@ -181,21 +190,24 @@ def _sample(
     red = total
     green = total
     blue = total
-    for tap_y in range(tl.ceil(2 * reach_y).to(tl.int32)):
-        pixel_y = first_y + tap_y
-        weight_y = _weight(pixel_y, center_y, reach_y, top, bottom, height)
-        for tap_x in range(tl.ceil(2 * reach_x).to(tl.int32)):
-            pixel_x = first_x + tap_x
-            weight_x = _weight(pixel_x, center_x, reach_x, left, right, width)
-            weight = weight_y[:, None] * weight_x[None, :]
-            at = pixels + (pixel_y.to(tl.int32) * strides[2])[:, None] + (pixel_x.to(tl.int32) * strides[3])[None, :]
-            reads = weight > 0
-            total += weight
-            red += weight * tl.load(at, mask=reads, other=0).to(tl.float32)
-            green += weight * tl.load(at + strides[1], mask=reads, other=0).to(tl.float32)
-            blue += weight * tl.load(at + 2 * strides[1], mask=reads, other=0).to(tl.float32)
-    total = tl.maximum(total * white, 1e-30)  # outputs beyond the view may reach no pixel
-    return red / total, green / total, blue / total
+    # four taps at a time, whose reads do not wait for each other: all there are, where the crop is enlarged
+    for tap_y in range(0, tl.ceil(2 * reach_y).to(tl.int32), 2):
+        for tap_x in range(0, tl.ceil(2 * reach_x).to(tl.int32), 2):
+            for tap in tl.static_range(4):
+                pixel_y = first_y + tap_y + tap // 2
+                pixel_x = first_x + tap_x + tap % 2
+                weight_y = _weight(pixel_y, center_y, reach_y, top, bottom, height)
+                weight_x = _weight(pixel_x, center_x, reach_x, left, right, width)
+                weight = weight_y[:, None] * weight_x[None, :]
+                row, column = pixel_y.to(tl.int32) * strides[2], pixel_x.to(tl.int32) * strides[3]
+                at = pixels + row[:, None] + column[None, :]
+                reads = weight > 0
+                total += weight
+                red += weight * tl.load(at, mask=reads, other=0).to(tl.float32)
+                green += weight * tl.load(at + strides[1], mask=reads, other=0).to(tl.float32)
+                blue += weight * tl.load(at + 2 * strides[1], mask=reads, other=0).to(tl.float32)
+    scale = 1 / tl.maximum(total * white, 1e-30)  # outputs beyond the view may reach no pixel
+    return red * scale, green * scale, blue * scale
 
 
 @triton.jit
@@ -220,27 +232,22 @@ def _blurred(
     planes: tensor,
     values: tensor,
     blurred: tensor,
-    y: tensor,
-    x: tensor,
+    first: tensor,
+    second: tensor,
     size: tensor,
-    radius: tensor,
-    across: constexpr,
+    radius: constexpr,
 ) -> tl.tuple:
-    """One direction of `ops.gaussian_blur`: red, green and blue at y, x; `radius`: of the kernel, in pixels."""
+    """`ops.gaussian_blur` along the planes' first axis: red, green and blue at `first` x `second`."""
     sigma = tl.load(values + SIGMA)
-    within = _within(y, x, size)
+    within = _within(first, second, size)
     total = 0.0
-    red = tl.zeros([y.shape[0], x.shape[0]], tl.float32)
+    red = tl.zeros([first.shape[0], second.shape[0]], tl.float32)
     green = red
     blue = red
-    for tap in range(2 * radius + 1):
-        offset = tap - radius
-        distance = offset / sigma
+    for tap in tl.static_range(2 * radius + 1):
+        distance = (tap - radius) / sigma
         weight = tl.exp(-0.5 * distance * distance)
-        if across:
-            at = _planes(planes, blurred, y, _reflected(x + offset, size), size)
-        else:
-            at = _planes(planes, blurred, _reflected(y + offset, size), x, size)
+        at = _planes(planes, blurred, _reflected(first + tap - radius, size), second, size)
         total += weight
         red += weight * tl.load(at, mask=within, other=0.0)
         green += weight * tl.load(at + size * size, mask=within, other=0.0)
@@ -261,16 +268,17 @@ def _reflected(place: tensor, size: tensor) -> tensor:
 def _jittered(colour: tl.tuple, values: tensor, steps: tensor, mean: tensor) -> tl.tuple:
     """The first `steps` of the row's steps of colour, each as `ops.blend` and then `ops.adjust_hue`."""
     red, green, blue = colour
-    for step in range(steps):
-        weights = values + STEPS + 4 * step
-        image = tl.load(weights)
-        base = tl.load(weights + 1) * _luma(red, green, blue) + tl.load(weights + 2) * mean
-        red = _clamp(image * red + base)
-        green = _clamp(image * green + base)
-        blue = _clamp(image * blue + base)
-        shift = tl.load(weights + 3)
-        if shift != 0:
-            red, green, blue = _turn(red, green, blue, shift)
+    for step in tl.static_range(STEP_COUNT):
+        if step < steps:
+            weights = values + STEPS + 4 * step
+            image = tl.load(weights)
+            base = tl.load(weights + 1) * _luma(red, green, blue) + tl.load(weights + 2) * mean
+            red = _clamp(image * red + base)
+            green = _clamp(image * green + base)
+            blue = _clamp(image * blue + base)
+            shift = tl.load(weights + 3)
+            if shift != 0:
+                red, green, blue = _turn(red, green, blue, shift)
     return red, green, blue
 
 
@@ -302,15 +310,19 @@ def _clamp(number: tensor) -> tensor:
 
 
 @triton.jit
-def _planes(planes: tensor, blurred: tensor, y: tensor, x: tensor, size: tensor) -> tensor:
-    """Where the red of pixels y, x is in `planes`, (blurred rows, 3, size, size)."""
-    return planes + blurred.to(tl.int64) * (3 * size * size) + y[:, None] * size + x[None, :]
+def _planes(planes: tensor, blurred: tensor, first: tensor, second: tensor, size: tensor) -> tensor:
+    """Where the red of `first` x `second` is in `planes`, (blurred rows, 3, size, size)."""
+    return planes + blurred.to(tl.int64) * (3 * size * size) + first[:, None] * size + second[None, :]
 
 
 @triton.jit
-def _store_planes(planes: tensor, colour: tl.tuple, blurred: tensor, y: tensor, x: tensor, size: tensor) -> None:
+def _store_transposed(
+    planes: tensor, colour: tl.tuple, blurred: tensor, second: tensor, first: tensor, size: tensor
+) -> None:
+    """Put red, green and blue at `second` x `first` into `planes`, whose axes are the other way round."""
     red, green, blue = colour
-    at, within = _planes(planes, blurred, y, x, size), _within(y, x, size)
+    at = planes + blurred.to(tl.int64) * (3 * size * size) + first[None, :] * size + second[:, None]
+    within = _within(second, first, size)
     tl.store(at, red, mask=within)
     tl.store(at + size * size, green, mask=within)
     tl.store(at + 2 * size * size, blue, mask=within)

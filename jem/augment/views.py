@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from jem.ahead import Ahead
 from jem.augment import fused, ops
 from jem.augment.params import HUE, ViewParams, draw, generator
 from jem.batch import Batch, Views
@@ -171,8 +172,9 @@ def prefetched(
 ) -> Iterator[tuple[Batch, Views]]:
     """The views of each batch, on `device`, beside the batch as it came.
 
-    On CUDA a side stream copies and augments the next batch while the caller's step on this one runs; the caller's
-    stream waits for the views, the host does not. On a CPU there is nothing to overlap with: the step has all cores.
+    On CUDA a thread of its own takes, copies and augments the next batches on a side stream while the caller's step on
+    this one runs; the caller's stream waits for the views, the host does not wait for the device. On a CPU there is
+    nothing to overlap with: the step has all cores.
 
     Args:
         batches: from the stream, on the CPU.
@@ -195,16 +197,15 @@ def prefetched(
             yield batch, made(batch, drawn_from)
         return
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    waiting: tuple[Batch, Views, torch.cuda.Event] | None = None
-    for batch, drawn_from in pairs:
+
+    def beside() -> Iterator[tuple[Batch, Views, torch.cuda.Event]]:
         with torch.cuda.stream(side):
-            views = made(batch, drawn_from)
-            done = side.record_event()
-        if waiting is not None:
-            yield _handed_over(*waiting)
-        waiting = batch, views, done
-    if waiting is not None:
-        yield _handed_over(*waiting)
+            for batch, drawn_from in pairs:
+                yield batch, made(batch, drawn_from), side.record_event()
+
+    with Ahead(beside, 1, "jem-augment") as ahead:
+        while (item := ahead.take()) is not None:
+            yield _handed_over(*item)
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:

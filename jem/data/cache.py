@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from jem.data.ahead import Ahead
+from jem.ahead import Ahead
 from jem.data.read import Arrays, Rows, as_batch
 from jem.data.stream import DEADLINE, cause, waited
 from jem.errors import InputError, RunError

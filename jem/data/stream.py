@@ -25,7 +25,7 @@ from ray.data import ExecutionResources, TaskPoolStrategy
 from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from jem.data.ahead import CLOSED, POLL_SECONDS, Ahead
+from jem.ahead import CLOSED, POLL_SECONDS, Ahead
 from jem.data.plan import Plan, Position, Window
 from jem.data.read import Arrays, Rows, as_batch, read_window, tell
 from jem.errors import RetryError, RunError

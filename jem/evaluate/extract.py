@@ -14,7 +14,7 @@ import ray
 import ray.data
 import torch
 
-from jem.data.ahead import Ahead
+from jem.ahead import Ahead
 from jem.data.read import as_batch
 from jem.data.stream import dataset, read_blocks
 from jem.device import use_cpu

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -87,7 +89,7 @@ class Profile:
         self._cuda, self._report, self._pooled = device.type == "cuda", report, pooled
         self._timing = False
         self._tracer: torch.profiler.profile | None = None
-        self._open: list[_Spell] = []
+        self._open = threading.local()
         self._spells: list[_Spell] = []
 
     def steps(self, numbers: range) -> Iterator[int]:
@@ -95,7 +97,7 @@ class Profile:
         third = len(numbers) // LEAST
         warm, traced = min(WARM_UP, third), min(TRACED, third)
         timed = min(TIMED, len(numbers) - warm - traced) if third else 0
-        begin = end = 0
+        begin = end = None
         try:
             for done, number in enumerate(numbers):
                 if third and done == warm:
@@ -121,22 +123,25 @@ class Profile:
         if not self._timing:
             yield
             return
-        outer = self._open[-1] if self._open else None
-        spell = _Spell(name, self._clock.mark(), aside=self._clock.aside(), outer=outer)
-        self._open.append(spell)
+        outer: _Spell | None = getattr(self._open, "spell", None)
+        spell = self._open.spell = _Spell(name, self._clock.mark(), aside=self._clock.aside(), outer=outer)
         try:
             yield
         finally:
             spell.end = self._clock.mark()
-            self._spells.append(self._open.pop())
+            self._open.spell = outer
+            self._spells.append(spell)
 
     def _traced(self) -> torch.profiler.profile:
         activities = [torch.profiler.ProfilerActivity.CPU]
-        return torch.profiler.profile(
-            activities=[*activities, torch.profiler.ProfilerActivity.CUDA] if self._cuda else activities
-        )
+        if not self._cuda:
+            return torch.profiler.profile(activities=activities)
+        # the augmentation has a thread of its own
+        all_threads = torch.profiler._ExperimentalConfig(profile_all_threads=True)  # type: ignore[attr-defined]  # noqa: SLF001
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        return torch.profiler.profile(activities=activities, experimental_config=all_threads)
 
-    def _finish(self, tracer: torch.profiler.profile, begin: int, end: int, steps: int) -> None:
+    def _finish(self, tracer: torch.profiler.profile, begin: Any, end: Any, steps: int) -> None:
         tracer.stop()
         self._tracer = None
         phases: dict[str, float] = {}
@@ -158,51 +163,45 @@ class _Spell:
     """One time that a phase took; begin and end are the clock's marks."""
 
     name: str
-    begin: int
-    end: int = -1
+    begin: Any
+    end: Any = None
     aside: bool = False
     outer: _Spell | None = None
+    """The one that it happened in, in the same thread."""
 
 
 class _Clock:
     """Marks moments, and tells later how far they are apart: on a CPU, by the wall's clock."""
 
-    def __init__(self) -> None:
-        self._seconds: list[float] = []
-
-    def mark(self) -> int:
-        """The number of this moment."""
-        self._seconds.append(time.perf_counter())
-        return len(self._seconds) - 1
+    def mark(self) -> Any:
+        """This moment."""
+        return time.perf_counter()
 
     def aside(self) -> bool:
         """Whether what happens now is not in the step's own sequence."""
         return False
 
-    def milliseconds(self, begin: int, end: int) -> float:
+    def milliseconds(self, begin: Any, end: Any) -> float:
         """Between two moments."""
-        return 1000 * (self._seconds[end] - self._seconds[begin])
+        return float(1000 * (end - begin))
 
 
 class _Events(_Clock):
     """Moments of a CUDA device: when it gets to what the host has queued on the current stream."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
         self._device, self._main = device, torch.cuda.current_stream(device)
-        self._events: list[torch.cuda.Event] = []
 
-    def mark(self) -> int:
+    def mark(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self._events.append(torch.cuda.current_stream(self._device).record_event(event))
-        return len(self._events) - 1
+        return torch.cuda.current_stream(self._device).record_event(event)
 
     def aside(self) -> bool:
         return torch.cuda.current_stream(self._device) != self._main
 
-    def milliseconds(self, begin: int, end: int) -> float:
-        self._events[end].synchronize()
-        return float(self._events[begin].elapsed_time(self._events[end]))
+    def milliseconds(self, begin: Any, end: Any) -> float:
+        end.synchronize()
+        return float(begin.elapsed_time(end))
 
 
 def _tenths_of_percent(parts: list[float]) -> list[int]:

@@ -59,7 +59,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(name: str, capability: int) 
     floats = dict.fromkeys(("table", "parts", "means", "sharp", "half"), "*fp32")
     tuples = {"strides": ("i64", "constexpr", "i32", "i32"), "mean": ("fp32",) * 3, "std": ("fp32",) * 3}
     types = {"images": "*u8", "out": "*bf16", **floats, **tuples}
-    known = {"white": 255, "block_y": fused.BLOCK_Y, "block_x": fused.BLOCK_X}
+    known = {"white": 255, "radius": 11, "block_y": fused.BLOCK_Y, "block_x": fused.BLOCK_X}
     constants = {argument: known[argument] for argument in kernel.arg_names if argument in known}
     signature = {
         argument: "constexpr" if argument in constants else types.get(argument, "i32") for argument in kernel.arg_names

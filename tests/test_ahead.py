@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jem.data.ahead import Ahead
+from jem.ahead import Ahead
 
 
 def names() -> set[str]:

@@ -35,8 +35,11 @@ class Ahead(Generic[T]):
         self._thread = threading.Thread(target=self._read, name=name, daemon=True)
         self._thread.start()
 
-    def take(self, seconds: float) -> T | None:
+    def take(self, seconds: float | None = None) -> T | None:
         """The next item, or None at the end.
+
+        Args:
+            seconds: to wait for it; None where making it has a deadline of its own.
 
         Raises:
             TimeoutError: None came within so many seconds.
