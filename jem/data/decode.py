@@ -88,7 +88,11 @@ def decode(data: bytes, pixel_limit: int) -> np.ndarray:
 
 
 def decode_canvas(
-    data: bytes, canvas: int, pixel_limit: int, out: np.ndarray | None = None, scratch: Scratch | None = None
+    data: bytes | memoryview,
+    canvas: int,
+    pixel_limit: int,
+    out: np.ndarray | None = None,
+    scratch: Scratch | None = None,
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Decode one image and squash all of it to a square, antialiased (bilinear).
 
@@ -169,7 +173,7 @@ def _resize(pixels: np.ndarray, out: np.ndarray) -> None:
 
 
 def _pixels(
-    data: bytes,
+    data: bytes | memoryview,
     canvas: int | None,
     pixel_limit: int,
     out: np.ndarray | None = None,
@@ -197,7 +201,7 @@ def _pixels(
 
 
 def _turbo(
-    data: bytes, canvas: int | None, pixel_limit: int, out: np.ndarray | None, scratch: Scratch | None
+    data: bytes | memoryview, canvas: int | None, pixel_limit: int, out: np.ndarray | None, scratch: Scratch | None
 ) -> tuple[np.ndarray, int, tuple[int, int]] | None:
     """Decode a JPEG with libjpeg-turbo; None if that is Pillow's to do (CMYK) or to judge (irregular or broken)."""
     try:
@@ -226,7 +230,7 @@ def _turbo(
     return (pixels if target is None else target), orientation, full
 
 
-def _jpeg_orientation(data: bytes) -> int:
+def _jpeg_orientation(data: bytes | memoryview) -> int:
     """Return the EXIF (or XMP) orientation of a JPEG, 1 to 8; parsed by Pillow only where there may be any."""
     if not _has_app1(data):
         return 1
@@ -237,7 +241,7 @@ def _jpeg_orientation(data: bytes) -> int:
     return _orientation(image)
 
 
-def _has_app1(data: bytes) -> bool:
+def _has_app1(data: bytes | memoryview) -> bool:
     """Whether a JPEG has an APP1 segment before its image, as EXIF and XMP are; also if its segments are irregular.
 
     Looking for their words in all of the data would take a twentieth of the time of decoding.
@@ -253,7 +257,7 @@ def _has_app1(data: bytes) -> bool:
     return True
 
 
-def _pillow(data: bytes, canvas: int | None, pixel_limit: int) -> tuple[np.ndarray, int, tuple[int, int]]:
+def _pillow(data: bytes | memoryview, canvas: int | None, pixel_limit: int) -> tuple[np.ndarray, int, tuple[int, int]]:
     """Decode anything that Pillow can, as `_pixels` does."""
     image = _open(data)
     width, height = image.size
@@ -268,9 +272,9 @@ def _pillow(data: bytes, canvas: int | None, pixel_limit: int) -> tuple[np.ndarr
     return _rgb(image), orientation, full
 
 
-def _open(data: bytes) -> ImageFile.ImageFile:
+def _open(data: bytes | memoryview) -> ImageFile.ImageFile:
     """Read the header, as `Image.open` does but for its limit of pixels, which is global and not ours."""
-    prefix = data[:16]
+    prefix = bytes(data[:16])
     reasons = []
     for name in FORMATS:
         if name not in Image.OPEN:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from jem.data.plan import Plan, Position, Window
 
 Told: TypeAlias = "Callable[[NDArray[np.int64]], None]"
-Encoded: TypeAlias = "tuple[list[bytes | None], NDArray[np.int64], NDArray[np.int64]]"
+Cell: TypeAlias = "bytes | memoryview"
+Encoded: TypeAlias = "tuple[list[Cell | None], NDArray[np.int64], NDArray[np.int64]]"
 Arrays = dict[str, np.ndarray]
 """`image` uint8 (n, S, S, 3), `size` int32 (n, 2), `id` and `label` int64 (n,).
 
@@ -187,7 +189,7 @@ class Rows:
         self._lost = np.full(len(groups), -1, np.int64)
         self._spares: dict[int, Encoded | None] = {}
         self._filesystem = index.filesystem()
-        self._encoded: list[bytes | None] = [None] * len(groups)
+        self._encoded: list[Cell | None] = [None] * len(groups)
         self._scratch = Scratch()
         self._id = index.start[groups] + rows
         self._label = np.full(len(groups), -1, np.int64)
@@ -226,7 +228,8 @@ class Rows:
     def _parquet(self, number: int) -> pq.ParquetFile:
         if self._opened is None or self._opened[0] != number:
             file = self._filesystem.open_input_file(self._index.files[number])
-            self._opened = number, pq.ParquetFile(file, pre_buffer=True)
+            remote = not isinstance(self._filesystem, pafs.LocalFileSystem)
+            self._opened = number, pq.ParquetFile(file, pre_buffer=remote)
         return self._opened[1]
 
     def _read(self, parquet: pq.ParquetFile, group: int, where: NDArray[np.int64]) -> None:
@@ -240,8 +243,9 @@ class Rows:
         encoded = pa.chunked_array([chunk.field("bytes") if struct else chunk for chunk in column.chunks])
         if isinstance(encoded.type, pa.BaseExtensionType):  # Ray has one that unpickles; so the shard is another now
             raise pa.ArrowTypeError(f"column {index.image_column} is of type {encoded.type}")
+        cells = _cells(encoded)
         for at, row in zip(where.tolist(), rows.tolist(), strict=True):
-            self._encoded[at] = encoded[row].as_py()
+            self._encoded[at] = cells[row]
         if index.has_id:
             self._id[where] = table.column("id").cast(pa.int64()).to_numpy()[rows]
         if index.label_column:
@@ -315,3 +319,17 @@ class Rows:
             f"cannot decode the image in row {self._rows[at]} of row group {self._index.row_group[group]} of {file} "
             f'({error}): "jem ingest" makes a copy of this data set without such images'
         )
+
+
+def _cells(column: pa.ChunkedArray) -> list[memoryview]:
+    """The values of a column of bytes, where they are; that of a null is empty."""
+    cells: list[memoryview] = []
+    for chunk in column.chunks:
+        _, offsets, data = chunk.buffers()
+        width = np.int64 if pa.types.is_large_binary(chunk.type) else np.int32
+        ends = (
+            np.frombuffer(offsets, width)[chunk.offset : chunk.offset + len(chunk) + 1].tolist() if len(chunk) else []
+        )
+        whole = memoryview(data or b"").cast("B")  # Arrow's own are signed
+        cells += [whole[low:high] for low, high in pairwise(ends)]
+    return cells
