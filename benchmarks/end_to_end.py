@@ -20,7 +20,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,14 +44,20 @@ from pipelines.settings import load_config
 
 VIT = '{"name": "vit_small", "patch": 16}'
 GPU_RUNS = {
-    "resnet18": ("VICReg, ResNet-18 with CIFAR stem, 32 px", "vicreg-cifar10", "--train.batch_size", "512"),
-    "resnet50": ("BYOL, ResNet-50, 224 px", "byol-imagenet", "--train.batch_size", "256"),
-    "vit": ("MoCo v3, ViT-S/16, 224 px", "mocov3-imagenet", "--train.batch_size", "256", "--backbone", VIT),
+    "resnet18": ("VICReg, ResNet-18 with CIFAR stem, 32 px", ("vicreg-cifar10", "--train.batch_size", "512")),
+    "resnet50": ("BYOL, ResNet-50, 224 px", ("byol-imagenet", "--train.batch_size", "256")),
+    "vit": ("MoCo v3, ViT-S/16, 224 px", ("mocov3-imagenet", "--train.batch_size", "256", "--backbone", VIT)),
 }
+SHORT = 10
+"""So many times the steps where one takes milliseconds."""
 
 
+CPUS = torch.get_num_threads()
 WARM_UP = 8
 """Steps."""
+DRAINED = 3.0
+"""Seconds before a run in which what the stream holds ready is taken."""
+EPOCHS = 1000
 Item = TypeVar("Item")
 
 
@@ -79,6 +85,11 @@ class Loop:
         self.plan = Plan(index.rows, config.seed, size, 1, config.stream.window, "carry")
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.augment = Augment(config.augment)
+        self.batches: Iterator[Batch] | None = None
+        """The stream, which goes on from run to run: starting its processes is not what is measured."""
+        self.positions = self.plan.positions(Position(0, 0), EPOCHS)
+        self.alone: list[float] = []
+        """Images/s of the stream before each run, with nobody training."""
         canvas = config.stream.canvas
         image = torch.randint(0, 256, (size, canvas, canvas, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
         self.batch = Batch(
@@ -96,42 +107,49 @@ class Loop:
         for _, views in prefetched(repeat(self.batch, self.steps), drawn, self.augment, self.device, self.dtype):
             yield views
 
-    def stream(self, start: Position) -> Iterator[Views]:
-        pin = self.device.type == "cuda"
-        cpus = torch.get_num_threads()
-        placement = place(self.config.cluster, self.config.stream, Cluster((Node("", cpus, int(pin), 0.0),)))
-        batches = ray_batches(
-            self.index,
-            self.plan,
-            self.config.stream,
-            0,
-            start,
-            1000,
-            decode_tasks=placement.decode_tasks,
-            pin_memory=pin,
-        )
-        drawn = (generator(0, *position, 0) for position in self.plan.positions(start, 1000))
+    def stream(self, _start: Position) -> Iterator[Views]:
+        batches = islice(self.drained(), self.steps)
+        drawn = (generator(0, *position, 0) for position in self.positions)
         # on a CPU the step makes the views itself, on a GPU it waits for those that are made beside it
-        decoded = batches if pin else self.timed(batches)
-        pairs = prefetched(decoded, drawn, self.augment, self.device, self.dtype)
-        for _, views in self.timed(pairs) if pin else pairs:
+        cuda = self.device.type == "cuda"
+        pairs = prefetched(batches if cuda else self.timed(batches), drawn, self.augment, self.device, self.dtype)
+        for _, views in self.timed(pairs) if cuda else pairs:
             yield views
+
+    def drained(self) -> Iterator[Batch]:
+        """The stream, with nothing left of what it decoded while nobody trained."""
+        if self.batches is None:
+            pin = self.device.type == "cuda"
+            placement = place(self.config.cluster, self.config.stream, Cluster((Node("", CPUS, int(pin), 0.0),)))
+            tasks, start = placement.decode_tasks, Position(0, 0)
+            stream = (self.index, self.plan, self.config.stream, 0, start, EPOCHS)
+            self.batches = ray_batches(*stream, decode_tasks=tasks, pin_memory=pin)
+            for _ in range(4 * tasks):  # each of its processes has started
+                next(self.batches)
+        began, taken = time.perf_counter(), 0
+        while (waited := time.perf_counter() - began) < DRAINED:
+            taken += len(next(self.batches))
+        self.alone.append(taken / waited)
+        return self.batches
 
     def timed(self, items: Iterator[Item]) -> Iterator[Item]:
         """The same, one for each step, and notes for how long it waited after the warm-up."""
         waited, began = 0.0, 0.0
-        try:
-            for step in range(self.steps):
-                asked = time.perf_counter()
-                item = next(items)
-                if step == WARM_UP:
-                    began = time.perf_counter()
-                elif step > WARM_UP:
-                    waited += time.perf_counter() - asked
-                yield item
-        finally:
-            self.waited.append(waited / (time.perf_counter() - began))
-            items.close()  # type: ignore[attr-defined]
+        for step in range(self.steps):
+            asked = time.perf_counter()
+            item = next(items)
+            if step == WARM_UP:
+                began = time.perf_counter()
+            elif step > WARM_UP:
+                waited += time.perf_counter() - asked
+            if step == self.steps - 1:
+                self.waited.append(waited / (time.perf_counter() - began))
+            yield item
+
+    def close(self) -> None:
+        """End the stream."""
+        if self.batches is not None:
+            self.batches.close()  # type: ignore[attr-defined]
 
     def run(self, source: str) -> tuple[int, float]:
         """Train; returns the number of images between the warm-up and the last step, and in how many seconds."""
@@ -167,44 +185,49 @@ def _forget(_state: State | None, _step: int, _summary: Summary) -> None:
     pass
 
 
-def compare(title: str, recipe: Sequence[str], data: str, arguments: argparse.Namespace, device: str) -> None:
+def compare(title: str, recipe: Sequence[str], data: str, steps: int, rounds: int, device: str) -> None:
     """Print the table of one network."""
     alone = ("--cluster.workers", "1", "--evaluation.online", "null")
     config = load_config(PretrainConfig, ["--recipe", recipe[0], "--data", data, *alone, *recipe[1:]])
-    loop = Loop(config, open_index(data), arguments.steps, torch.device(device))
-    print(f"{title}: {arguments.steps} steps of {config.train.batch_size}", flush=True)
+    loop = Loop(config, open_index(data), steps, torch.device(device))
+    print(f"{title}: {steps} steps of {config.train.batch_size}", flush=True)
     ways = [Way(name, lambda name=name: loop.run(name)) for name in ("stream", "memory", "augmented")]  # type: ignore[misc]
-    in_turns(ways, arguments.rounds)
+    in_turns(ways, rounds)
     print(table(title, ways))
     stream, memory, augmented = ways
     print(f"the loop on the stream reaches {stream.median / memory.median:.2f} of the rate from memory, and", end=" ")
     print(f"{stream.median / augmented.median:.2f} of that with augmentation, which makes a step", end=" ")
     print(f"{memory.median / augmented.median - 1:.1%} longer;", end=" ")
-    print(f"it waits for data for {statistics.median(loop.waited):.1%} of the time\n")
+    print(f"it waits for data for {statistics.median(loop.waited):.1%} of the time;", end=" ")
+    print(f"the stream alone gives {statistics.median(loop.alone):.0f} images/s\n")
+    loop.close()
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="The loop on the stream beside the step from memory")
     parser.add_argument("what", nargs="*", default=["cpu", *GPU_RUNS])
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=40, help="ten times as many of resnet18")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="with train.compile")
     arguments = parser.parse_args()
-    use_cpu(torch.get_num_threads())  # as a train worker does
+    use_cpu(CPUS)  # as a train worker does
     cifar = str((SHARED / "cifar10/train").resolve())
-    more = ("--train.compile",) if arguments.compile else ()
+    more = ("--train.compile", "true") if arguments.compile else ()
     with own_ray(), memory_folder() as folder:
         if "cpu" in arguments.what:
-            compare("ResNet-18, 32 px, CPU", ("vicreg-cifar10-cpu", *more), cifar, arguments, "cpu")
-        chosen = [GPU_RUNS[name] for name in GPU_RUNS if name in arguments.what]
+            small = ("vicreg-cifar10-cpu", *more)
+            compare("VICReg, ResNet-18, 32 px, CPU", small, cifar, arguments.steps, arguments.rounds, "cpu")
         if not torch.cuda.is_available():
             print("no GPU here: nothing is measured on one")
             return
         print(torch.cuda.get_device_name())
+        torch.set_num_threads(1)  # as Ray does
         photographs(Path(folder), PHOTOS)
-        for title, *recipe in chosen:
-            compare(title, (*recipe, *more), cifar if "32 px" in title else folder, arguments, "cuda")
+        for name in [each for each in GPU_RUNS if each in arguments.what]:
+            title, recipe = GPU_RUNS[name]
+            data, steps = (cifar, SHORT * arguments.steps) if name == "resnet18" else (folder, arguments.steps)
+            compare(title, (*recipe, *more), data, steps, arguments.rounds, "cuda")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def compare(title: str, backbone: str, size: int, batch: int, arguments: argpars
         + ("--augment.views", f'[{{"count": 2, "size": {size}}}]', "--backbone.name", backbone)
         + ("--backbone.stem", "imagenet", "--method.expander", f"[{WIDTH}, {WIDTH}, {WIDTH}]")
         + ("--optimizer", '{"name": "sgd"}', "--cluster.workers", "1", "--evaluation.online", "null")
-        + (("--train.compile",) if arguments.compile else ())
+        + (("--train.compile", "true") if arguments.compile else ())
     )
     loop = Loop(load_config(PretrainConfig, list(made)), open_index(data), arguments.steps, torch.device(device))
     networks = {"resnet18": (resnet18, 512), "resnet50": (resnet50, 2048)}
