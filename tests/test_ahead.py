@@ -16,7 +16,8 @@ def names() -> set[str]:
 
 def test_all_items_come_in_order_and_then_none() -> None:
     with Ahead(lambda: iter(range(20)), 3, "ahead-order") as ahead:
-        assert [ahead.take(10) for _ in range(21)] == [*range(20), None]
+        assert [ahead.take(10) for _ in range(20)] == [*range(20)]
+        assert ahead.take() is None
 
 
 def test_an_error_is_raised_where_the_item_would_have_been_taken() -> None:

@@ -52,7 +52,7 @@ STORE_SHARE = 0.3
 BLOCKS_AHEAD = 4
 """Blocks for each decode task that wait to be used: to decode many seconds ahead at the start would take the processor
 from the training meanwhile."""
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 16 * 2**20
 """Decoded images in one block of the stream, if that is more than one batch."""
 BLOCK_BYTES = 32 * 2**20
 """Decoded images in one block for evaluation and embedding."""
@@ -61,7 +61,7 @@ TASK_BYTES, TASK_IMAGES = 16 * 2**20, 2**13
 LOOK_SECONDS = 0.02
 """How often Ray Data looks for what its tasks have done. With its own 0.1 s, for which there is no setting, a processor
 would have nothing to do for 0.3 s between two tasks."""
-REST_SECONDS, REST_TIMES = 0.5, 50
+REST_SECONDS, REST_TIMES = 0.5, 100
 """Longest rest of Ray Data's scheduling thread; how many times as long as its work."""
 DEADLINE = 300.0
 """Seconds in which a batch must come."""
@@ -276,7 +276,7 @@ class _Pace(ExecutionCallback):
 
     While nobody takes what is decoded it would go round and round without a pause, as its tasks have results which it
     may not take: beside a training step in the same process it took half of the time, and made the step three times
-    slower. So it rests then fifty times as long as a round took of the processor, or until a reader waits for it.
+    slower. So it rests then a hundred times as long as a round took of the processor, or until a reader waits for it.
 
     An execution ends when its reader leaves it, which a reader that waits for a block cannot. Without a free CPU it
     would outlive Ray, which ends the whole process then.

@@ -20,7 +20,7 @@ from jem.config import StreamConfig
 from jem.data.decode import decode_canvas
 from jem.data.index import Index, open_index
 from jem.data.plan import Plan, Position
-from jem.data.read import Rows, as_batch, local_batches, read_rows, read_window, why_lost
+from jem.data.read import Rows, _cells, as_batch, local_batches, read_rows, read_window, why_lost
 from jem.errors import RunError
 
 LIMIT = 10**6
@@ -126,6 +126,17 @@ def test_images_in_a_plain_column_are_read(tmp_path: Path, kind: pa.DataType) ->
     data = pa.array([picture(number) for number in range(5)], kind)
     pq.write_table(pa.table({"jpg": data, "text": ["a"] * 5}), tmp_path / "a.parquet", row_group_size=2)
     assert told(read_rows(open_index(str(tmp_path)), [4, 0, 3], 8, LIMIT).image).tolist() == [4, 0, 3]
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_the_bytes_of_a_column_are_had_where_they_are(kind: pa.DataType) -> None:
+    values = pa.array([b"one", None, b"", b"three" * 50, b"\xff\xd8"], kind)
+    column = pa.chunked_array([values, values[1:4], values[:0], values[1:2], pa.array([], kind)])
+    cells = _cells(column)
+    assert cells == [value or b"" for value in column.to_pylist()]
+    assert cells[4][:2] == b"\xff\xd8"
+    where = values.buffers()[2].address
+    assert where <= np.frombuffer(cells[3], np.uint8).__array_interface__["data"][0] < where + len(b"one") + 250
 
 
 def test_rows_come_in_the_order_asked_for_and_as_often(numbered: Index) -> None:

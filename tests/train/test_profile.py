@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -88,6 +89,26 @@ def test_phases_are_disjoint_means_of_the_timed_steps_alone(clock: Hours) -> Non
     assert measured.whole == pytest.approx(88 + growing)
     assert measured.aside == {}
     assert kept.labels == {f"jem/{name}": 3 * (2 if name in ("forward", "backward") else 1) for name in PHASES}
+
+
+def test_what_another_thread_does_meanwhile_is_not_taken_out_of_the_step(clock: Hours) -> None:
+    """On a GPU a thread makes the next views while the step waits for these."""
+    kept = Kept()
+    profile = Profile(CPU, kept)
+
+    def augment() -> None:
+        with profile.phase("augment"):
+            clock.spend(10)
+
+    for _ in profile.steps(range(9)):
+        with profile.phase("wait"):
+            beside = threading.Thread(target=augment)
+            beside.start()
+            beside.join()
+            with profile.phase("copy"):
+                clock.spend(2)
+    (measured,) = kept.measured
+    assert measured.phases == pytest.approx({"wait": 10, "augment": 10, "copy": 2})
 
 
 @pytest.mark.parametrize(("steps", "timed", "traced"), [(3, 1, 1), (4, 2, 1), (12, 5, 3), (27, 19, 3), (28, 20, 3)])
