@@ -103,29 +103,27 @@ def crop_boxes(size: Tensor, scale: tuple[float, float], ratio: tuple[float, flo
     largest central crop whose aspect is in range. Returns float64 (N, 4): top, left, height, width, whole numbers.
     """
     count = size.shape[0]
-    height, width = size.to(torch.float64).unbind(1)
-    area_draw, aspect_draw = torch.rand(2, CROP_TRIES, count, generator=generator, dtype=torch.float64)
-    place_draw = torch.rand(2, count, generator=generator, dtype=torch.float64)
+    area_draw, aspect_draw = torch.rand(2, CROP_TRIES, count, generator=generator, dtype=torch.float64).numpy()
+    place_draw = torch.rand(2, count, generator=generator, dtype=torch.float64).numpy()
 
+    # NumPy: an operation on arrays as small as these takes less time than one of torch
+    height, width = size.to(torch.float64).numpy().T
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area_draw)
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = torch.exp(low + (high - low) * aspect_draw)
-    tried_w = torch.sqrt(area * aspect).round()
-    tried_h = torch.sqrt(area / aspect).round()
+    aspect = np.exp(low + (high - low) * aspect_draw)
+    tried_w, tried_h = np.sqrt(area * aspect).round(), np.sqrt(area / aspect).round()
     fits = (tried_w > 0) & (tried_w <= width) & (tried_h > 0) & (tried_h <= height)
-    first = fits.to(torch.uint8).argmax(dim=0, keepdim=True)  # 0 where none fits
-    crop_w, crop_h = tried_w.gather(0, first)[0], tried_h.gather(0, first)[0]
-    top = torch.floor(place_draw[0] * (height - crop_h + 1))
-    left = torch.floor(place_draw[1] * (width - crop_w + 1))
+    first = fits.argmax(axis=0), np.arange(count)  # the first try where none fits
+    crop_w, crop_h = tried_w[first], tried_h[first]
+    top = np.floor(place_draw[0] * (height - crop_h + 1))
+    left = np.floor(place_draw[1] * (width - crop_w + 1))
 
     # torchvision's fallback; a crop never becomes empty here, though one of a 1 x 1000 image would there
-    tall, wide = width < height * min(ratio), width > height * max(ratio)
-    central_w = torch.where(wide, (height * max(ratio)).round(), width).clamp_min(1)
-    central_h = torch.where(tall, (width / min(ratio)).round(), height).clamp_min(1)
-    central = torch.stack(
-        [((height - central_h) / 2).floor(), ((width - central_w) / 2).floor(), central_h, central_w], dim=1
-    )
-    return torch.where(fits.any(dim=0)[:, None], torch.stack([top, left, crop_h, crop_w], dim=1), central)
+    central_w = np.where(width > height * max(ratio), (height * max(ratio)).round(), width).clip(min=1)
+    central_h = np.where(width < height * min(ratio), (width / min(ratio)).round(), height).clip(min=1)
+    central = [np.floor((height - central_h) / 2), np.floor((width - central_w) / 2), central_h, central_w]
+    boxes = np.where(fits[first], np.stack([top, left, crop_h, crop_w]), np.stack(central))
+    return torch.from_numpy(np.ascontiguousarray(boxes.T))
 
 
 def jitter(config: JitterConfig | None, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
