@@ -62,11 +62,7 @@ class Augment:
             shares = zip(size.chunk(len(generator)), generator, strict=True)
             parts = [self.draw(share, each) for share, each in shares]
             return [ViewParams.joined(drawn) for drawn in zip(*parts, strict=True)]
-        params, count = [], len(size)
-        for view in self.config.views:  # those that are alike at once: half of the time for two
-            drawn = draw(view, size.repeat(view.count, 1), generator)
-            params += [drawn.rows(slice(count * number, count * (number + 1))) for number in range(view.count)]
-        return params
+        return [draw(view, size, generator) for view in self.views]
 
     def apply(self, batch: Batch, params: list[ViewParams], dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """Make one view for each of `params`: `dtype` (N, 3, s, s), normalised, channels_last.
