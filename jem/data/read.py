@@ -189,6 +189,7 @@ class Rows:
         self._lost = np.full(len(groups), -1, np.int64)
         self._spares: dict[int, Encoded | None] = {}
         self._filesystem = index.filesystem()
+        self._remote = not isinstance(self._filesystem, pafs.LocalFileSystem)
         self._encoded: list[Cell | None] = [None] * len(groups)
         self._scratch = Scratch()
         self._id = index.start[groups] + rows
@@ -213,13 +214,12 @@ class Rows:
 
     def _try(self, group: int, where: NDArray[np.int64]) -> None:
         """Read rows of a row group; several times from a remote store, whose errors may pass."""
-        remote = not isinstance(self._filesystem, pafs.LocalFileSystem)
-        for attempt in range(TRIES if remote else 1):
+        for attempt in range(TRIES if self._remote else 1):
             try:
                 self._read(self._parquet(int(self._index.file[group])), group, where)
             except OSError as error:
                 self._opened = None
-                if not remote or attempt + 1 == TRIES or isinstance(error, FileNotFoundError):
+                if not self._remote or attempt + 1 == TRIES or isinstance(error, FileNotFoundError):
                     raise
                 time.sleep(2.0**attempt)
             else:
@@ -228,8 +228,7 @@ class Rows:
     def _parquet(self, number: int) -> pq.ParquetFile:
         if self._opened is None or self._opened[0] != number:
             file = self._filesystem.open_input_file(self._index.files[number])
-            remote = not isinstance(self._filesystem, pafs.LocalFileSystem)
-            self._opened = number, pq.ParquetFile(file, pre_buffer=remote)
+            self._opened = number, pq.ParquetFile(file, pre_buffer=self._remote)
         return self._opened[1]
 
     def _read(self, parquet: pq.ParquetFile, group: int, where: NDArray[np.int64]) -> None:
@@ -244,8 +243,10 @@ class Rows:
         if isinstance(encoded.type, pa.BaseExtensionType):  # Ray has one that unpickles; so the shard is another now
             raise pa.ArrowTypeError(f"column {index.image_column} is of type {encoded.type}")
         cells = _cells(encoded)
+        # a value where it is keeps its whole row group: samples of few rows of each would keep the whole data set
+        most = 2 * len(np.unique(rows)) >= len(cells)
         for at, row in zip(where.tolist(), rows.tolist(), strict=True):
-            self._encoded[at] = cells[row]
+            self._encoded[at] = cells[row] if most else bytes(cells[row])
         if index.has_id:
             self._id[where] = table.column("id").cast(pa.int64()).to_numpy()[rows]
         if index.label_column:
@@ -325,11 +326,11 @@ def _cells(column: pa.ChunkedArray) -> list[memoryview]:
     """The values of a column of bytes, where they are; that of a null is empty."""
     cells: list[memoryview] = []
     for chunk in column.chunks:
+        if not len(chunk):
+            continue
         _, offsets, data = chunk.buffers()
         width = np.int64 if pa.types.is_large_binary(chunk.type) else np.int32
-        ends = (
-            np.frombuffer(offsets, width)[chunk.offset : chunk.offset + len(chunk) + 1].tolist() if len(chunk) else []
-        )
+        ends = np.frombuffer(offsets, width)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
         whole = memoryview(data or b"").cast("B")  # Arrow's own are signed
         cells += [whole[low:high] for low, high in pairwise(ends)]
     return cells

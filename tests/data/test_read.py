@@ -139,6 +139,16 @@ def test_the_bytes_of_a_column_are_had_where_they_are(kind: pa.DataType) -> None
     assert where <= np.frombuffer(cells[3], np.uint8).__array_interface__["data"][0] < where + len(b"one") + 250
 
 
+def test_a_few_rows_do_not_keep_their_row_group_in_memory(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", list(range(8)), group=8)
+    index = open_index(str(tmp_path))
+    few, _, _ = Rows(index, np.zeros(6, np.int64), np.array([5, 5, 5, 5, 2, 2])).encoded()
+    assert [type(value) for value in few] == [bytes] * 6
+    every, _, _ = Rows(index, np.zeros(8, np.int64), np.arange(8)).encoded()
+    assert [type(value) for value in every] == [memoryview] * 8
+    assert [every[5], every[2]] == [few[0], few[4]]
+
+
 def test_rows_come_in_the_order_asked_for_and_as_often(numbered: Index) -> None:
     wanted = [299, 0, 150, 0, 31]
     batch = read_rows(numbered, wanted, 8, LIMIT)
