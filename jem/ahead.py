@@ -1,7 +1,13 @@
-"""Reads an iterator in a thread of its own, which makes the next items while one is used; waiting for it has an end."""
+"""Reads an iterator in a thread of its own, which makes the next items while one is used; waiting for it has an end.
+
+Python runs one thread at a time. One that queues small operations on a GPU, tens of thousands a second, may have to
+wait for its turn after each while another thread works, and the GPU with it. So threads beside such a one give way:
+they begin on their next piece of work in its gaps, where it waits or needs no Python.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from contextvars import ContextVar
@@ -17,6 +23,50 @@ POLL_SECONDS = 0.1
 END_SECONDS = 10.0
 CLOSED: ContextVar[threading.Event | None] = ContextVar("closed", default=None)
 """In a thread that reads ahead: set as soon as nobody wants the items any more."""
+GIVE_WAY_SECONDS = 0.05
+
+
+class _Turns:
+    """Who is given way to at present."""
+
+    def __init__(self) -> None:
+        self.free = threading.Event()
+        self._holders, self._gaps, self._lock = 0, 0, threading.Lock()
+        self.change()
+
+    def change(self, *, holders: int = 0, gaps: int = 0) -> None:
+        """Count so many more that have precedence, and so many more gaps."""
+        with self._lock:
+            self._holders, self._gaps = self._holders + holders, self._gaps + gaps
+            (self.free.clear if self._holders and not self._gaps else self.free.set)()
+
+
+_turns = _Turns()
+
+
+@contextlib.contextmanager
+def precedence() -> Iterator[None]:
+    """Until it is left the threads that read ahead give way, but for the gaps."""
+    _turns.change(holders=1)
+    try:
+        yield
+    finally:
+        _turns.change(holders=-1)
+
+
+@contextlib.contextmanager
+def gap() -> Iterator[None]:
+    """Inside, nothing gives way: this thread waits, or needs no Python."""
+    _turns.change(gaps=1)
+    try:
+        yield
+    finally:
+        _turns.change(gaps=-1)
+
+
+def give_way() -> None:
+    """Wait for a gap; not for long, as a gap saves time and nothing depends on it."""
+    _turns.free.wait(GIVE_WAY_SECONDS)
 
 
 class Ahead(Generic[T]):
@@ -44,8 +94,10 @@ class Ahead(Generic[T]):
         Raises:
             TimeoutError: None came within so many seconds.
         """
+        waiting = gap() if self._ready.empty() else contextlib.nullcontext()
         try:
-            item, error = self._ready.get(timeout=seconds)
+            with waiting:
+                item, error = self._ready.get(timeout=seconds)
         except queue.Empty:
             raise TimeoutError from None
         if error is not None:
@@ -55,7 +107,8 @@ class Ahead(Generic[T]):
     def close(self) -> None:
         """End the reading; what is ready is forgotten."""
         self._closed.set()
-        self._thread.join(END_SECONDS)
+        with gap():
+            self._thread.join(END_SECONDS)
 
     def __enter__(self) -> Self:
         return self
@@ -70,6 +123,7 @@ class Ahead(Generic[T]):
             for item in items:
                 if not self._put(item, None):
                     break
+                give_way()
             else:
                 self._put(None, None)
             del items  # closes a generator: this is what ends an execution of Ray Data

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jem.ahead import Ahead
+from jem.ahead import Ahead, precedence
 from jem.augment import fused, ops
 from jem.augment.params import HUE, ViewParams, draw, generator
 from jem.batch import Batch, Views
@@ -173,8 +173,8 @@ def prefetched(
     """The views of each batch, on `device`, beside the batch as it came.
 
     On CUDA a thread of its own takes, copies and augments the next batches on a side stream while the caller's step on
-    this one runs; the caller's stream waits for the views, the host does not wait for the device. On a CPU there is
-    nothing to overlap with: the step has all cores.
+    this one runs, in the caller's gaps (`jem.ahead.gap`); the caller's stream waits for the views, the host does not
+    wait for the device. On a CPU there is nothing to overlap with: the step has all cores.
 
     Args:
         batches: from the stream, on the CPU.
@@ -203,7 +203,7 @@ def prefetched(
             for batch, drawn_from in pairs:
                 yield batch, made(batch, drawn_from), side.record_event()
 
-    with Ahead(beside, 1, "jem-augment") as ahead:
+    with precedence(), Ahead(beside, 1, "jem-augment") as ahead:
         while (item := ahead.take()) is not None:
             yield _handed_over(*item)
 

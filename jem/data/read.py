@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -158,10 +159,21 @@ def as_batch(arrays: Mapping[str, np.ndarray], *, pin_memory: bool = False) -> B
 def _tensor(array: np.ndarray, pin_memory: bool) -> torch.Tensor:
     import torch
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        tensor = torch.from_numpy(array)
+    _warn_once()
+    tensor = torch.from_numpy(array)
     return tensor.pin_memory() if pin_memory else tensor
+
+
+@cache
+def _warn_once() -> None:
+    """Have torch say unheard that an array may not be written to: it says so once in a process."""
+    import torch
+
+    read_only = np.zeros(1)
+    read_only.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.from_numpy(read_only)
 
 
 class Rows:

@@ -25,7 +25,7 @@ from ray.data import ExecutionResources, TaskPoolStrategy
 from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from jem.ahead import CLOSED, POLL_SECONDS, Ahead
+from jem.ahead import CLOSED, POLL_SECONDS, Ahead, give_way
 from jem.data.plan import Plan, Position, Window
 from jem.data.read import Arrays, Rows, as_batch, read_window, tell
 from jem.errors import RetryError, RunError
@@ -301,6 +301,7 @@ class _Pace(ExecutionCallback):
             self._decoded.set()
         used = time.thread_time()
         _readers.waiting.wait(min(REST_SECONDS, REST_TIMES * (used - self._used)))
+        give_way()
         self._used = time.thread_time()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jem import distributed
+from jem.ahead import gap
 from jem.batch import Views
 from jem.config import PretrainConfig
 from jem.data.plan import Plan, Position
@@ -164,7 +165,7 @@ def _step(
         with cast("DistributedDataParallel", wrapped).no_sync() if sums else contextlib.nullcontext():
             with phase("forward"), torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
                 output = wrapped(part)
-            with phase("backward"):
+            with phase("backward"), gap():  # autograd runs without Python
                 torch.autograd.backward(output.loss / train.accumulate)
     with phase("optimizer"):
         method.after_backward(progress)
