@@ -276,8 +276,8 @@ class _Pace(ExecutionCallback):
 
     While nobody takes what is decoded it would go round and round without a pause, as its tasks have results which it
     may not take: beside a training step in the same process it took half of the time, and made the step three times
-    slower. So it rests then a hundred times as long as a round took of the processor, or until a reader waits for it, and
-    gives way to a training on a GPU.
+    slower. So it rests then a hundred times as long as a round took of the processor, or until a reader waits for it,
+    and gives way to a training on a GPU.
 
     An execution ends when its reader leaves it, which a reader that waits for a block cannot. Without a free CPU it
     would outlive Ray, which ends the whole process then.
