@@ -24,6 +24,7 @@ import ray.data
 from ray.data import ExecutionResources, TaskPoolStrategy
 from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data.exceptions import ExecutionTimeoutError
 
 from jem.ahead import CLOSED, POLL_SECONDS, Ahead, give_way
 from jem.data.plan import Plan, Position, Window
@@ -263,8 +264,8 @@ class _Start(ExecutionCallback):
             manager._global_limits_last_update_time = 0.0  # noqa: SLF001 - as above
 
 
-class _ClosedError(Exception):
-    """Nobody reads what the execution makes."""
+class _ClosedError(ExecutionTimeoutError):
+    """Nobody reads what the execution makes. Of another kind Ray Data would print its trace, as a fault of its own."""
 
 
 _DECODED: ContextVar[threading.Event | None] = ContextVar("decoded", default=None)
