@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from typing_extensions import Self
 
@@ -24,6 +25,7 @@ END_SECONDS = 10.0
 CLOSED: ContextVar[threading.Event | None] = ContextVar("closed", default=None)
 """In a thread that reads ahead: set as soon as nobody wants the items any more."""
 GIVE_WAY_SECONDS = 0.05
+"""At most, for one piece of work."""
 
 
 class _Turns:
@@ -31,11 +33,19 @@ class _Turns:
 
     def __init__(self) -> None:
         self.free = threading.Event()
+        self.free.set()
         self._holders, self._gaps, self._lock = 0, 0, threading.Lock()
-        self.change()
 
-    def change(self, *, holders: int = 0, gaps: int = 0) -> None:
-        """Count so many more that have precedence, and so many more gaps."""
+    @contextlib.contextmanager
+    def counted(self, *, holders: int = 0, gaps: int = 0) -> Iterator[None]:
+        """Inside, there are so many more that have precedence, and so many more gaps."""
+        self._change(holders, gaps)
+        try:
+            yield
+        finally:
+            self._change(-holders, -gaps)
+
+    def _change(self, holders: int, gaps: int) -> None:
         with self._lock:
             self._holders, self._gaps = self._holders + holders, self._gaps + gaps
             (self.free.clear if self._holders and not self._gaps else self.free.set)()
@@ -44,24 +54,14 @@ class _Turns:
 _turns = _Turns()
 
 
-@contextlib.contextmanager
-def precedence() -> Iterator[None]:
+def precedence() -> AbstractContextManager[None]:
     """Until it is left the threads that read ahead give way, but for the gaps."""
-    _turns.change(holders=1)
-    try:
-        yield
-    finally:
-        _turns.change(holders=-1)
+    return _turns.counted(holders=1)
 
 
-@contextlib.contextmanager
-def gap() -> Iterator[None]:
+def gap() -> AbstractContextManager[None]:
     """Inside, nothing gives way: this thread waits, or needs no Python."""
-    _turns.change(gaps=1)
-    try:
-        yield
-    finally:
-        _turns.change(gaps=-1)
+    return _turns.counted(gaps=1)
 
 
 def give_way() -> None:

@@ -159,14 +159,14 @@ def as_batch(arrays: Mapping[str, np.ndarray], *, pin_memory: bool = False) -> B
 def _tensor(array: np.ndarray, pin_memory: bool) -> torch.Tensor:
     import torch
 
-    _warn_once()
+    _silence_read_only()
     tensor = torch.from_numpy(array)
     return tensor.pin_memory() if pin_memory else tensor
 
 
 @cache
-def _warn_once() -> None:
-    """Have torch say unheard that an array may not be written to: it says so once in a process."""
+def _silence_read_only() -> None:
+    """Have torch say unheard, as it does once in a process, that an array is read-only: a filter each time is slow."""
     import torch
 
     read_only = np.zeros(1)
