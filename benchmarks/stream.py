@@ -26,7 +26,6 @@ from collections.abc import Iterator
 from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import psutil
@@ -36,7 +35,6 @@ import ray
 import ray.data
 import torch
 from alternate import Way, in_turns, table
-from ray.data._internal.execution import streaming_executor_state
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as tv
@@ -51,7 +49,7 @@ MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory, on Linux
 SHARED = Path(__file__).parent / "../../shared/data"
 BATCH = 128
 WORKERS = 2
-TASKS = WORKERS + 1  # as `jem pretrain` plans on 2 CPUs
+TASKS = WORKERS  # as `jem pretrain` plans on 2 CPUs
 PHOTOS = 4000
 MORE = 20
 
@@ -124,9 +122,8 @@ def rays_recipe(folder: str, canvas: int, epochs: int) -> int:
 
     data = ray.data.read_parquet(folder).map_batches(decode, batch_size=BATCH)
     images = 0
-    with mock.patch.object(streaming_executor_state, "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S", 0.1):  # Ray's, not jem's
-        for _ in range(epochs):
-            images += sum(touch(batch["image"]) for batch in data.iter_torch_batches(batch_size=BATCH))
+    for _ in range(epochs):
+        images += sum(touch(batch["image"]) for batch in data.iter_torch_batches(batch_size=BATCH))
     return images
 
 

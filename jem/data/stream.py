@@ -19,11 +19,13 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ExecutionResources, TaskPoolStrategy
 from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.metadata_fetcher import InlineMetadataFetcher
 from ray.data.exceptions import ExecutionTimeoutError
 
 from jem.ahead import CLOSED, POLL_SECONDS, Ahead, give_way
@@ -35,8 +37,6 @@ from jem.memory import keep_freed
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import TypeAlias
-
-    import pyarrow as pa
 
     from jem.batch import Batch, Views
     from jem.config import AugmentConfig, StreamConfig
@@ -59,14 +59,12 @@ BLOCK_BYTES = 32 * 2**20
 """Decoded images in one block for evaluation and embedding."""
 TASK_BYTES, TASK_IMAGES = 16 * 2**20, 2**13
 """Encoded images that a decode task reads, whichever is less: about 0.2 s of work, for which it pays to start one."""
-LOOK_SECONDS = 0.02
-"""How often Ray Data looks for what its tasks have done. With its own 0.1 s, for which there is no setting, a processor
-would have nothing to do for 0.3 s between two tasks."""
 REST_SECONDS, REST_TIMES = 0.5, 100
 """Longest rest of Ray Data's scheduling thread; how many times as long as its work."""
+BREATH_SECONDS = 0.005
+"""Its shortest."""
 DEADLINE = 300.0
 """Seconds in which a batch must come."""
-streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = LOOK_SECONDS
 QUIET = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
 """Loggers that would report every execution, and that it has no progress bar."""
 
@@ -169,7 +167,7 @@ def dataset(
     per_block = max(1, BLOCK_BYTES // (canvas * canvas * 3))
 
     def decode(manifest: pa.Table) -> Iterator[Arrays]:
-        keep_freed()
+        _keep_freed()
         for group in manifest.column("group").to_pylist():
             count = int(index.rows[group])
             rows = Rows(index, np.full(count, group), np.arange(count), replace=replace)
@@ -219,7 +217,7 @@ def _decoded(
     together = max(1, min(CHUNK_BYTES // batch_bytes, plan.window_steps()))
 
     def decode(manifest: pa.Table) -> Iterator[Arrays]:
-        keep_freed()
+        _keep_freed()
         for row in manifest.column("window").to_pylist():
             window = Window.of(json.loads(row))
             step = window.step + window.skip
@@ -246,6 +244,12 @@ def _decoded(
     )
 
 
+def _keep_freed() -> None:
+    """In a decode task; Arrow's own allocators give back what a task had read, and the next one begins with faults."""
+    keep_freed()
+    pa.set_memory_pool(pa.system_memory_pool())
+
+
 class _Start(ExecutionCallback):
     """Asks in each round at the start what the cluster has, until the answer has come.
 
@@ -270,12 +274,37 @@ class _ClosedError(ExecutionTimeoutError):
 
 _DECODED: ContextVar[threading.Event | None] = ContextVar("decoded", default=None)
 """In a thread that reads a span: set as soon as all of it is decoded."""
+_PACED: ContextVar[bool] = ContextVar("paced", default=False)
+"""In the scheduling thread of an execution with a `_Pace`."""
+
+
+class _EagerRay:
+    """`ray` as Ray Data's scheduling knows it: in an execution of ours `wait` ends as soon as one task has something.
+
+    Ray Data waits for all of them, or 0.1 s, for which there is no setting; and as it hears of a block, of what is in
+    it and of the end of its task in a round each, a processor would have nothing to do for 0.3 s between two tasks.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(ray, name)
+
+    @staticmethod
+    def wait(tasks: list[Any], *, num_returns: int, timeout: float, fetch_local: bool) -> tuple[list[Any], list[Any]]:
+        """As `ray.wait`."""
+        if _PACED.get():
+            ray.wait(tasks, num_returns=1, timeout=timeout, fetch_local=fetch_local)
+            timeout = 0.0
+        return ray.wait(tasks, num_returns=num_returns, timeout=timeout, fetch_local=fetch_local)
+
+
+streaming_executor_state.ray = _EagerRay()
 
 
 class _Pace(ExecutionCallback):
-    """Keeps Ray Data's scheduling thread from going round for nothing, and ends it with its reader.
+    """Keeps Ray Data's scheduling thread from going round for nothing or too late, and ends it with its reader.
 
-    While nobody takes what is decoded it would go round and round without a pause, as its tasks have results which it
+    It goes round as soon as a task has something (`_EagerRay`), which it takes at once: another thread of Ray Data's
+    that asks what is in a block would cost a round more. While nobody takes what is decoded it would go round and round without a pause, as its tasks have results which it
     may not take: beside a training step in the same process it took half of the time, and made the step three times
     slower. So it rests then a hundred times as long as a round took of the processor, or until a reader waits for it,
     and gives way to a training on a GPU.
@@ -291,7 +320,7 @@ class _Pace(ExecutionCallback):
 
     def before_execution_starts(self, executor: Any) -> None:
         """Called by Ray Data in the thread that reads."""
-        del executor
+        executor._metadata_fetcher = InlineMetadataFetcher()  # noqa: SLF001 - otherwise for the whole process only
         self._closed, self._decoded = CLOSED.get(), _DECODED.get()
 
     def on_execution_step(self, executor: Any) -> None:
@@ -301,8 +330,10 @@ class _Pace(ExecutionCallback):
         operators = executor._topology  # noqa: SLF001 - nothing else tells
         if self._decoded is not None and all(operator.has_execution_finished() for operator in operators):
             self._decoded.set()
+        _PACED.set(True)
         used = time.thread_time()
         _readers.waiting.wait(min(REST_SECONDS, REST_TIMES * (used - self._used)))
+        time.sleep(BREATH_SECONDS)
         give_way()
         self._used = time.thread_time()
 

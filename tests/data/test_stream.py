@@ -174,7 +174,7 @@ def test_the_next_execution_begins_before_the_last_one_ends_with_no_more_tasks(
     monkeypatch.setattr(pace, "before_execution_starts", starts)
     monkeypatch.setattr(pace, "on_execution_step", steps)
     monkeypatch.setattr(stream_module, "TASK_IMAGES", 60)
-    monkeypatch.setattr(stream_module, "BLOCKS_AHEAD", 1)  # tasks wait until something was taken
+    monkeypatch.setattr(stream_module, "BLOCKS_AHEAD", 2)  # tasks wait until something was taken
     plan = Plan(numbered.rows, seed=0, batch_size=20, world=1, window=1)
     taken = 0
     for _ in ray_batches(numbered, plan, SMALL, 0, START, 4, decode_tasks=3):
@@ -185,7 +185,7 @@ def test_the_next_execution_begins_before_the_last_one_ends_with_no_more_tasks(
     assert begun[0] == 0
     assert all(at < number * per_span for number, at in enumerate(begun[1:], 1))
     assert len(begun) == -(-taken // per_span) > 1
-    assert most == 3
+    assert 1 < most <= 3
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -278,7 +278,6 @@ def test_without_a_free_cpu_it_ends_with_a_reason_instead_of_hanging(numbered: I
     with pytest.raises(RunError, match=r"no batch came for 3 s: one decode task asks for 400 CPUs, the cluster has 4"):
         next(ray_batches(numbered, plan, greedy, 0, START, 1, decode_tasks=1, deadline=3))
     assert not _streaming(), "Ray ends the whole process if it is shut down under an execution"
-    assert not _streaming(), "Ray ends the process of an execution that is still there when Ray is shut down"
 
 
 @pytest.mark.usefixtures("ray_cluster")
