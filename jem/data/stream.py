@@ -297,14 +297,16 @@ class _EagerRay:
         return ray.wait(tasks, num_returns=num_returns, timeout=timeout, fetch_local=fetch_local)
 
 
-streaming_executor_state.ray = _EagerRay()
+streaming_executor_state.ray = _EagerRay()  # type: ignore[attr-defined, assignment]
 
 
 class _Pace(ExecutionCallback):
     """Keeps Ray Data's scheduling thread from going round for nothing or too late, and ends it with its reader.
 
-    It goes round as soon as a task has something (`_EagerRay`), which it takes at once: another thread of Ray Data's
-    that asks what is in a block would cost a round more. While nobody takes what is decoded it would go round and round without a pause, as its tasks have results which it
+    It goes round as soon as a task has something (`_EagerRay`), and takes it at once: another thread of Ray Data's,
+    which would ask what is in a block, would cost a round more.
+
+    While nobody takes what is decoded it would go round and round without a pause, as its tasks have results which it
     may not take: beside a training step in the same process it took half of the time, and made the step three times
     slower. So it rests then a hundred times as long as a round took of the processor, or until a reader waits for it,
     and gives way to a training on a GPU.

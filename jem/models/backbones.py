@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision import models
 
 from jem.config.networks import WAVEFORM
 from jem.errors import InputError
@@ -59,6 +58,8 @@ class ResNet(Backbone):
     """
 
     def __init__(self, config: BackboneConfig) -> None:
+        from torchvision import models  # and torch's compiler: 1.5 s that only a process with a ResNet pays
+
         super().__init__()
         network = models.get_model(config.name, weights=None, zero_init_residual=config.zero_init)
         if config.width > 1:
@@ -144,11 +145,13 @@ def widen(network: nn.Module, factor: int, *, zero_init: bool) -> None:
 
 def initialise(network: nn.Module, *, zero_init: bool) -> None:
     """Draw a ResNet's weights as torchvision does; `zero_init`: its blocks begin as the identity."""
+    from torchvision.models.resnet import BasicBlock, Bottleneck
+
     for module in network.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if zero_init and isinstance(module, models.resnet.BasicBlock | models.resnet.Bottleneck):
-            last = module.bn2 if isinstance(module, models.resnet.BasicBlock) else module.bn3
+        if zero_init and isinstance(module, BasicBlock | Bottleneck):
+            last = module.bn2 if isinstance(module, BasicBlock) else module.bn3
             nn.init.zeros_(last.weight)
 
 

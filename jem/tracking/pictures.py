@@ -12,8 +12,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 
 from jem.errors import InputError
 
@@ -97,6 +95,9 @@ def projection(
 
 def _flatten(x: NDArray[np.float32], seed: int) -> tuple[NDArray[np.float32], str]:
     """Two coordinates for each row, and how they came about."""
+    from sklearn.decomposition import PCA  # a second that only who draws pays
+    from sklearn.manifold import TSNE
+
     # On the unit sphere, for kNN judges by the cosine.
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     if np.allclose(x, x[0], atol=1e-6):  # collapsed, and t-SNE divides by the distances

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import io
 import itertools
 import logging
@@ -255,6 +256,53 @@ def test_what_waits_to_be_taken_takes_no_processor_time(numbered: Index, monkeyp
     used = time.process_time() - used
     batches.close()  # type: ignore[attr-defined]
     assert used < 0.2, f"{used / 2:.0%} of a core"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_scheduling_wakes_for_the_first_of_its_tasks_and_elsewhere_as_ray_data_has_it() -> None:
+    import ray
+    from ray.data._internal.execution import streaming_executor_state
+
+    @ray.remote(num_cpus=0)
+    def rests(seconds: float) -> None:
+        time.sleep(seconds)
+
+    tasks = [rests.remote(0.0), rests.remote(600.0)]
+
+    def waits(seconds: float, *, paced: bool) -> float:
+        stream_module._PACED.set(paced)
+        begun = time.monotonic()
+        wait = streaming_executor_state.ray.wait  # type: ignore[attr-defined]
+        ready, rest = wait(tasks, num_returns=2, timeout=seconds, fetch_local=False)
+        assert (ready, rest) == (tasks[:1], tasks[1:])
+        return time.monotonic() - begun
+
+    try:
+        assert contextvars.copy_context().run(waits, 60.0, paced=True) < 60.0
+        assert contextvars.copy_context().run(waits, 1.0, paced=False) >= 1.0
+    finally:
+        ray.cancel(tasks[1], force=True)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_scheduling_does_not_go_round_for_nothing(numbered: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = 0
+    pace = stream_module._Pace
+    step = pace.on_execution_step
+
+    def steps(self: Any, executor: Any) -> None:
+        nonlocal rounds
+        step(self, executor)
+        rounds += 1
+        assert stream_module._PACED.get()
+
+    monkeypatch.setattr(pace, "on_execution_step", steps)
+    monkeypatch.setattr(stream_module, "TASK_IMAGES", 1)  # a task for each window
+    plan = Plan(numbered.rows, seed=0, batch_size=20, world=1, window=1)
+    begun = time.monotonic()
+    taken = len(list(ray_batches(numbered, plan, SMALL, 0, START, 4, decode_tasks=2)))
+    assert taken == plan.total_steps(4)
+    assert rounds < 4 * taken + 12 * (time.monotonic() - begun) + 20  # four for a task; ten a second while none ends
 
 
 @pytest.mark.usefixtures("ray_cluster")
