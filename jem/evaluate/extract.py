@@ -1,4 +1,7 @@
-"""From a data set and an encoder to features, on Ray Data: tasks decode, a pool of actors encodes."""
+"""From a data set and an encoder to features, on Ray Data: tasks decode, a pool of actors encodes.
+
+Few images are encoded by the process that wants their features: an actor takes longer to start.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,8 @@ DEADLINE = 300.0
 """Seconds in which the next features must come, the start of the actors included."""
 SET = "set"
 """Column that says which data set a row is from."""
+HERE = 2**22
+"""Pixels that all encoders take, up to which the images are few: some 10 s of a core for a ResNet-18."""
 GPU_ACTOR_CPUS = 0.25
 """CPUs that an actor with a GPU reserves: it only feeds it."""
 
@@ -87,7 +92,7 @@ def extract_all(
     """Encode several data sets with several encoders in one pass: each image is decoded once, the actors start once.
 
     Arguments and errors as in `extract_features`. With `replace` others stand in for the images that cannot be had;
-    `share` is the part of the cluster's CPUs that may be used.
+    `share` is the part of the cluster's CPUs that may be used. Without a GPU, few images need no actors.
 
     Returns:
         One list for each encoder, with the features of each data set.
@@ -99,10 +104,15 @@ def extract_all(
         for number, index in enumerate(indexes)
     ]
     together = images[0].union(*images[1:]) if len(images) > 1 else images[0]
-    encoded = _encoded(together, encoders, stream, batch_size, actors, gpu=gpu, share=share)
+    count = sum(len(index) for index in indexes)
+    if not gpu and count * sum(encoder.input_size**2 for encoder in encoders) <= HERE:
+        blocks = _encoded_here(within(together, deadline), encoders, batch_size)
+    else:
+        encoded = _encoded(together, encoders, stream, batch_size, actors, gpu=gpu, share=share)
+        blocks = within(encoded, deadline)
     parts: list[list[Arrays]] = [[] for _ in indexes]
-    with Progress("features", sum(len(index) for index in indexes)) as progress:
-        for block in within(encoded, deadline):
+    with Progress("features", count) as progress:
+        for block in blocks:
             for number in np.unique(block[SET]):
                 here = block[SET] == number
                 parts[number].append({name: column[here] for name, column in block.items()})
@@ -150,13 +160,20 @@ def _encoded(
     cpus, threads = plan_cpus(actors, stream.decode_cpus, gpu=gpu, share=share)
     copies = [copy.deepcopy(encoder).cpu().eval().requires_grad_(False) for encoder in encoders]
     return images.map_batches(
-        _Encode,
+        _EncodeActor,
         fn_constructor_args=(ray.put(copies), threads, gpu),
         batch_size=batch_size,
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=cpus,
         num_gpus=1 if gpu else 0,
     )
+
+
+def _encoded_here(blocks: Iterator[Arrays], encoders: Sequence[Encoder], batch_size: int) -> Iterator[Arrays]:
+    encode = _Encode(encoders, torch.device("cpu"))
+    for block in blocks:
+        for low in range(0, len(block["id"]), batch_size):
+            yield encode({name: column[low : low + batch_size] for name, column in block.items()})
 
 
 def plan_cpus(actors: int, decode_cpus: float, *, gpu: bool, share: float = 1.0) -> tuple[float, int]:
@@ -210,15 +227,12 @@ class _Mark:
 
 
 class _Encode:
-    """The actor: decoded images in, features of each encoder out."""
+    """Decoded images in, features of each encoder out."""
 
-    def __init__(self, encoders: ray.ObjectRef[list[Encoder]], threads: int, gpu: bool) -> None:
-        use_cpu(min(threads, os.cpu_count() or 1))
-        self._device = torch.device("cuda" if gpu else "cpu")
-        # What comes from the object store is read-only, and shared.
+    def __init__(self, encoders: Sequence[Encoder], device: torch.device) -> None:
+        self._device = device
         self._encoders = [
-            copy.deepcopy(encoder).to(self._device).to(memory_format=torch.channels_last)
-            for encoder in ray.get(encoders)
+            copy.deepcopy(encoder).eval().to(device).to(memory_format=torch.channels_last) for encoder in encoders
         ]
 
     @torch.inference_mode()
@@ -228,6 +242,15 @@ class _Encode:
         kept = {name: rows[name] for name in ("id", "label", SET) if name in rows}
         features = [encoder(images, batch.size).float().cpu().numpy() for encoder in self._encoders]
         return kept | {_column(number): array for number, array in enumerate(features)}
+
+
+class _EncodeActor(_Encode):
+    """One of the pool."""
+
+    def __init__(self, encoders: ray.ObjectRef[list[Encoder]], threads: int, gpu: bool) -> None:
+        use_cpu(min(threads, os.cpu_count() or 1))
+        # What comes from the object store is read-only, and shared; `_Encode` copies it.
+        super().__init__(ray.get(encoders), torch.device("cuda" if gpu else "cpu"))
 
 
 def _column(encoder: int) -> str:

@@ -18,6 +18,7 @@ from jem.config import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, StreamConfig
 from jem.data.index import open_index
 from jem.encoder import Encoder
 from jem.errors import InputError, RunError
+from jem.evaluate import extract
 from jem.evaluate.extract import extract_all, extract_features, plan_cpus, stream_of, within
 from jem.models.backbones import build_backbone
 
@@ -32,7 +33,15 @@ def encoder() -> Encoder:
 
 
 @pytest.mark.ray
-def test_features_are_the_encoders_own_sorted_by_id(ray_cluster: None, encoder: Encoder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("few", [True, False])
+def test_features_are_the_encoders_own_sorted_by_id(
+    ray_cluster: None, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: bool
+) -> None:
+    # 77 images of 32 pixels go through two encoders: by actors, if one pixel fewer would be few
+    monkeypatch.setattr(extract, "HERE", 77 * 2 * 32 * 32 - (not few))
+    pools: list[int] = []
+    plan = extract.plan_cpus
+    monkeypatch.setattr(extract, "plan_cpus", lambda *args, **options: (pools.append(1), plan(*args, **options))[1])
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (47, 32, 32, 3), dtype=np.uint8)
     ids = rng.permutation(47) + 100
@@ -51,6 +60,7 @@ def test_features_are_the_encoders_own_sorted_by_id(ray_cluster: None, encoder: 
     other = Encoder(build_backbone(encoder.architecture), encoder.architecture, 32, IMAGENET_MEAN, IMAGENET_STD)
     both = [open_index(str(tmp_path)), open_index(str(tmp_path), limit=30)]
     (found, first), (others, _) = extract_all([encoder, other], both, STREAM, batch_size=16, actors=2)
+    assert bool(pools) is not few
 
     order = np.argsort(ids)
     assert encoder.training
