@@ -249,8 +249,8 @@ class _EncodeActor(_Encode):
 
     def __init__(self, encoders: ray.ObjectRef[list[Encoder]], threads: int, gpu: bool) -> None:
         use_cpu(min(threads, os.cpu_count() or 1))
-        # What comes from the object store is read-only, and shared; `_Encode` copies it.
-        super().__init__(ray.get(encoders), torch.device("cuda" if gpu else "cpu"))
+        stored: list[Encoder] = ray.get(encoders)  # read-only, and shared: each actor has copies
+        super().__init__(stored, torch.device("cuda" if gpu else "cpu"))
 
 
 def _column(encoder: int) -> str:
