@@ -158,7 +158,7 @@ def _encoded(
     share: float = 1.0,
 ) -> ray.data.Dataset:
     cpus, threads = plan_cpus(actors, stream.decode_cpus, gpu=gpu, share=share)
-    copies = [copy.deepcopy(encoder).cpu().eval().requires_grad_(False) for encoder in encoders]
+    copies = [copy.deepcopy(encoder).cpu().requires_grad_(False) for encoder in encoders]
     return images.map_batches(
         _EncodeActor,
         fn_constructor_args=(ray.put(copies), threads, gpu),

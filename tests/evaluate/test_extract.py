@@ -37,7 +37,7 @@ def encoder() -> Encoder:
 def test_features_are_the_encoders_own_sorted_by_id(
     ray_cluster: None, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: bool
 ) -> None:
-    # 77 images of 32 pixels go through two encoders: by actors, if one pixel fewer would be few
+    # two encoders take 77 images of 32 x 32 pixels: with a limit of one pixel less, in actors
     monkeypatch.setattr(extract, "HERE", 77 * 2 * 32 * 32 - (not few))
     pools: list[int] = []
     plan = extract.plan_cpus
