@@ -37,6 +37,8 @@ Arrays = dict[str, np.ndarray]
 
 Where lost images are replaced also `lost` int64 (n,): the position of the one that this stands in for, or -1."""
 
+SMALL_BYTES = 2**14
+"""Encoded images of fewer bytes, on average, are copied out of their row group: it takes less than a view of each."""
 TRIES = 3
 """Of a read from a remote store, which may be busy."""
 SUBSTITUTE = 4
@@ -254,11 +256,12 @@ class Rows:
         encoded = pa.chunked_array([chunk.field("bytes") if struct else chunk for chunk in column.chunks])
         if isinstance(encoded.type, pa.BaseExtensionType):  # Ray has one that unpickles; so the shard is another now
             raise pa.ArrowTypeError(f"column {index.image_column} is of type {encoded.type}")
-        cells = _cells(encoded)
+        small = encoded.nbytes < SMALL_BYTES * len(encoded)
+        cells = encoded.to_numpy(zero_copy_only=False) if small else _cells(encoded)
         # a value where it is keeps its whole row group: samples of few rows of each would keep the whole data set
         most = 2 * len(np.unique(rows)) >= len(cells)
         for at, row in zip(where.tolist(), rows.tolist(), strict=True):
-            self._encoded[at] = cells[row] if most else bytes(cells[row])
+            self._encoded[at] = cells[row] if small or most else bytes(cells[row])
         if index.has_id:
             self._id[where] = table.column("id").cast(pa.int64()).to_numpy()[rows]
         if index.label_column:

@@ -204,6 +204,22 @@ def test_an_image_of_the_canvas_size_is_not_resampled(kind):
     assert (square == decode(data, LIMIT)).all()
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_of_the_canvas_size_is_turned_and_converted_whatever_holds_its_bytes(mode, orientation):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    image = Image.fromarray(smooth(40, 40)).convert(mode)
+    data = encoded(image, "JPEG", quality=95, **({"exif": exif} if orientation > 1 else {}))
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    for held in (data, memoryview(data)):
+        square, size = decode_canvas(held, 40, LIMIT)
+        assert size == (40, 40)
+        assert difference(square, upright) <= 2
+        with pytest.raises(DecodeError, match="too many pixels"):
+            decode_canvas(held, 40, 40 * 40 - 1)
+
+
 def test_a_large_photograph_is_close_to_its_full_decode():
     data = encoded(Image.fromarray(smooth(900, 1200)), "JPEG", quality=95)
     square, size = decode_canvas(data, 128, 2_000_000)

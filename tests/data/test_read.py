@@ -139,7 +139,8 @@ def test_the_bytes_of_a_column_are_had_where_they_are(kind: pa.DataType) -> None
     assert where <= np.frombuffer(cells[3], np.uint8).__array_interface__["data"][0] < where + len(b"one") + 250
 
 
-def test_a_few_rows_do_not_keep_their_row_group_in_memory(tmp_path: Path) -> None:
+def test_a_few_rows_do_not_keep_their_row_group_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jem.data.read.SMALL_BYTES", 0)  # as for photographs
     write(tmp_path / "a.parquet", list(range(8)), group=8)
     index = open_index(str(tmp_path))
     few, _, _ = Rows(index, np.zeros(6, np.int64), np.array([5, 5, 5, 5, 2, 2])).encoded()
@@ -147,6 +148,17 @@ def test_a_few_rows_do_not_keep_their_row_group_in_memory(tmp_path: Path) -> Non
     every, _, _ = Rows(index, np.zeros(8, np.int64), np.arange(8)).encoded()
     assert [type(value) for value in every] == [memoryview] * 8
     assert [every[5], every[2]] == [few[0], few[4]]
+
+
+@pytest.mark.parametrize("small", [0, 2**14])
+def test_a_row_without_an_image_is_an_empty_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int) -> None:
+    monkeypatch.setattr("jem.data.read.SMALL_BYTES", small)
+    pq.write_table(pa.table({"image": pa.array([picture(0), None, b""])}), tmp_path / "a.parquet")
+    index = open_index(str(tmp_path))
+    assert told(read_rows(index, [0], 8, LIMIT).image).tolist() == [0]
+    for missing in (1, 2):
+        with pytest.raises(RunError, match="empty file"):
+            read_rows(index, [0, missing], 8, LIMIT)
 
 
 def test_rows_come_in_the_order_asked_for_and_as_often(numbered: Index) -> None:
