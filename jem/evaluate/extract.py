@@ -19,7 +19,8 @@ import torch
 
 from jem.ahead import Ahead
 from jem.data.read import as_batch
-from jem.data.stream import dataset, read_blocks
+from jem.data.scheduling import read_blocks
+from jem.data.stream import dataset
 from jem.device import use_cpu
 from jem.errors import InputError, RunError
 from jem.evaluate.judge import Features

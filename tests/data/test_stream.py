@@ -21,6 +21,7 @@ from PIL import Image
 
 from jem.batch import Batch, Views
 from jem.config import AugmentConfig, StreamConfig
+from jem.data import scheduling
 from jem.data import stream as stream_module
 from jem.data.index import Index, open_index
 from jem.data.plan import Plan, Position
@@ -159,7 +160,7 @@ def test_the_next_execution_begins_before_the_last_one_ends_with_no_more_tasks(
     active: dict[object, int] = {}
     most = 0
 
-    pace = stream_module._Pace
+    pace = scheduling._Pace
     before, step = pace.before_execution_starts, pace.on_execution_step
 
     def starts(self: Any, executor: Any) -> None:
@@ -195,7 +196,7 @@ def test_the_next_execution_does_not_wait_for_one_whose_batches_were_all_taken(
 ) -> None:
     """The last batch may be taken before Ray Data notes that the last task has ended."""
     monkeypatch.setattr(stream_module, "SPAN", 9)
-    monkeypatch.setattr(stream_module._Pace, "on_execution_step", lambda self, executor: None)
+    monkeypatch.setattr(scheduling._Pace, "on_execution_step", lambda self, executor: None)
     plan = Plan(numbered.rows, seed=0, batch_size=20, world=1, window=1)
     batches = ray_batches(numbered, plan, SMALL, 0, START, 2, decode_tasks=2, deadline=10)
     assert len(list(batches)) == plan.total_steps(2)
@@ -270,7 +271,7 @@ def test_the_scheduling_wakes_for_the_first_of_its_tasks_and_elsewhere_as_ray_da
     tasks = [rests.remote(0.0), rests.remote(600.0)]
 
     def waits(seconds: float, *, paced: bool) -> float:
-        stream_module._PACED.set(paced)
+        scheduling._PACED.set(paced)
         begun = time.monotonic()
         wait = streaming_executor_state.ray.wait  # type: ignore[attr-defined]
         ready, rest = wait(tasks, num_returns=2, timeout=seconds, fetch_local=False)
@@ -287,14 +288,14 @@ def test_the_scheduling_wakes_for_the_first_of_its_tasks_and_elsewhere_as_ray_da
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_scheduling_does_not_go_round_for_nothing(numbered: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = 0
-    pace = stream_module._Pace
+    pace = scheduling._Pace
     step = pace.on_execution_step
 
     def steps(self: Any, executor: Any) -> None:
         nonlocal rounds
         step(self, executor)
         rounds += 1
-        assert stream_module._PACED.get()
+        assert scheduling._PACED.get()
 
     monkeypatch.setattr(pace, "on_execution_step", steps)
     monkeypatch.setattr(stream_module, "TASK_IMAGES", 1)  # a task for each window
