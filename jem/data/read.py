@@ -71,6 +71,23 @@ def read_window(
         yield {name: array.reshape(-1, plan.batch_per_worker, *array.shape[1:]) for name, array in arrays.items()}
 
 
+def read_group(
+    index: Index, group: int, canvas: int, pixel_limit: int, block_bytes: int, *, replace: bool = False
+) -> Iterator[Arrays]:
+    """The images of a row group in storage order, decoded, in blocks of `block_bytes` at most.
+
+    With `replace` others stand in for the images that cannot be had.
+
+    Raises:
+        RunError: An image that cannot be decoded, or a shard that cannot be read.
+    """
+    count = int(index.rows[group])
+    rows = Rows(index, np.full(count, group), np.arange(count), replace=replace)
+    images = max(1, block_bytes // (canvas * canvas * 3))
+    for first in range(0, count, images):
+        yield rows.decode(first, first + images, canvas, pixel_limit)
+
+
 def local_batches(
     index: Index,
     plan: Plan,

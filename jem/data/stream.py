@@ -23,13 +23,13 @@ from ray.data import ExecutionResources, TaskPoolStrategy
 
 from jem.ahead import CLOSED, POLL_SECONDS, Ahead
 from jem.data.plan import Plan, Position, Window
-from jem.data.read import Arrays, Rows, as_batch, read_window, tell
+from jem.data.read import Arrays, as_batch, read_group, read_window, tell
 from jem.data.scheduling import manifest, read_blocks
 from jem.errors import RetryError, RunError
 from jem.memory import keep_freed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import TypeAlias
 
     from jem.batch import Batch, Views
@@ -145,22 +145,27 @@ def views_batches(
 
 
 def dataset(
-    index: Index, canvas: int, pixel_limit: int, *, decode_cpus: float = 0.25, replace: bool = False
+    index: Index,
+    canvas: int,
+    pixel_limit: int,
+    *,
+    decode_cpus: float = 0.25,
+    replace: bool = False,
+    marks: Mapping[str, int] | None = None,
 ) -> ray.data.Dataset:
     """All images once, in storage order, one per row: for evaluation and embedding.
 
-    Columns are `image` uint8 (S, S, 3), `size` int32 (2,) height and width before squashing, `id` and `label` int64.
-    With `replace` others stand in for the images that cannot be had, whose positions are in the column `lost`.
+    Columns are `image` uint8 (S, S, 3), `size` int32 (2,) height and width before squashing, `id` and `label` int64,
+    and `marks`, each of which has one value in all rows. With `replace` others stand in for the images that cannot be
+    had, whose positions are in the column `lost`.
     """
-    per_block = max(1, BLOCK_BYTES // (canvas * canvas * 3))
 
     def decode(manifest: pa.Table) -> Iterator[Arrays]:
         _keep_freed()
         for group in manifest.column("group").to_pylist():
-            count = int(index.rows[group])
-            rows = Rows(index, np.full(count, group), np.arange(count), replace=replace)
-            for low in range(0, count, per_block):
-                yield rows.decode(low, low + per_block, canvas, pixel_limit)
+            for arrays in read_group(index, group, canvas, pixel_limit, BLOCK_BYTES, replace=replace):
+                count = len(arrays["id"])
+                yield arrays | {name: np.full(count, value) for name, value in (marks or {}).items()}
 
     together = -(-len(index.rows) // (8 * SPAN))  # so that even a very large set has few thousand tasks
     groups = [{"group": group} for group in range(len(index.rows))]

@@ -1,6 +1,6 @@
 """From a data set and an encoder to features, on Ray Data: tasks decode, a pool of actors encodes.
 
-Few images are encoded by the process that wants their features: an actor takes longer to start.
+Few images are decoded and encoded by the process that wants their features: tasks and actors take longer to start.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import ray.data
 import torch
 
 from jem.ahead import Ahead
-from jem.data.read import as_batch
+from jem.data.read import as_batch, read_group
 from jem.data.scheduling import read_blocks
-from jem.data.stream import dataset
+from jem.data.stream import BLOCK_BYTES, dataset
 from jem.device import use_cpu
 from jem.errors import InputError, RunError
 from jem.evaluate.judge import Features
@@ -93,23 +93,29 @@ def extract_all(
     """Encode several data sets with several encoders in one pass: each image is decoded once, the actors start once.
 
     Arguments and errors as in `extract_features`. With `replace` others stand in for the images that cannot be had;
-    `share` is the part of the cluster's CPUs that may be used. Without a GPU, few images need no actors.
+    `share` is the part of the cluster's CPUs that may be used. Without a GPU, few images need neither tasks
+    nor actors.
 
     Returns:
         One list for each encoder, with the features of each data set.
     """
-    images = [
-        dataset(index, stream.canvas, stream.pixel_limit, decode_cpus=stream.decode_cpus, replace=replace).map_batches(
-            _Mark(number), batch_size=None, num_cpus=stream.decode_cpus
-        )
-        for number, index in enumerate(indexes)
-    ]
-    together = images[0].union(*images[1:]) if len(images) > 1 else images[0]
     count = sum(len(index) for index in indexes)
     if not gpu and count * sum(encoder.input_size**2 for encoder in encoders) <= HERE:
-        blocks = _encoded_here(within(together, deadline), encoders, batch_size)
+        blocks = _encoded_here(encoders, indexes, stream, batch_size, replace=replace)
     else:
-        encoded = _encoded(together, encoders, stream, batch_size, actors, gpu=gpu, share=share)
+        first, *rest = [
+            dataset(
+                index,
+                stream.canvas,
+                stream.pixel_limit,
+                decode_cpus=stream.decode_cpus,
+                replace=replace,
+                marks={SET: number},
+            )
+            for number, index in enumerate(indexes)
+        ]
+        images = first.union(*rest) if rest else first
+        encoded = _encoded(images, encoders, stream, batch_size, actors, gpu=gpu, share=share)
         blocks = within(encoded, deadline)
     parts: list[list[Arrays]] = [[] for _ in indexes]
     with Progress("features", count) as progress:
@@ -170,11 +176,17 @@ def _encoded(
     )
 
 
-def _encoded_here(blocks: Iterator[Arrays], encoders: Sequence[Encoder], batch_size: int) -> Iterator[Arrays]:
+def _encoded_here(
+    encoders: Sequence[Encoder], indexes: Sequence[Index], stream: StreamConfig, batch_size: int, *, replace: bool
+) -> Iterator[Arrays]:
+    """The same blocks without Ray."""
     encode = _Encode(encoders, torch.device("cpu"))
-    for block in blocks:
-        for low in range(0, len(block["id"]), batch_size):
-            yield encode({name: column[low : low + batch_size] for name, column in block.items()})
+    for number, index in enumerate(indexes):
+        for group in range(len(index.rows)):
+            for block in read_group(index, group, stream.canvas, stream.pixel_limit, BLOCK_BYTES, replace=replace):
+                marked = {**block, SET: np.full(len(block["id"]), number)}
+                for low in range(0, len(block["id"]), batch_size):
+                    yield encode({name: column[low : low + batch_size] for name, column in marked.items()})
 
 
 def plan_cpus(actors: int, decode_cpus: float, *, gpu: bool, share: float = 1.0) -> tuple[float, int]:
@@ -215,16 +227,6 @@ def stream_of(trained: Mapping[str, Any], stream: StreamConfig) -> StreamConfig:
     if own is None or stream.canvas != type(stream).model_fields["canvas"].default:
         return stream
     return stream.model_copy(update={"canvas": int(own)})
-
-
-class _Mark:
-    """Notes in each row which data set it is from."""
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-
-    def __call__(self, rows: Arrays) -> Arrays:
-        return {**rows, SET: np.full(len(rows["id"]), self._number)}
 
 
 class _Encode:

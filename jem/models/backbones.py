@@ -157,17 +157,21 @@ def initialise(network: nn.Module, *, zero_init: bool) -> None:
 
 def build_backbone(config: BackboneConfig) -> Backbone:
     """Make the backbone of `config`, its weights drawn from torch's global generator."""
-    # the others are made of what is above
-    from jem.models.library import LibraryNetwork
-    from jem.models.vit import ViT
-    from jem.models.waveform import WaveformResNet
-
+    # the others are made of what is above; torchvision is imported only for what is made of it
     backbone: Backbone
     if config.is_vit:
+        from jem.models.vit import ViT
+
         backbone = ViT(config)
     elif config.name == WAVEFORM:
+        from jem.models.waveform import WaveformResNet
+
         backbone = WaveformResNet(config)
+    elif config.is_resnet:
+        backbone = ResNet(config)
     else:
-        backbone = ResNet(config) if config.is_resnet else LibraryNetwork(config)
+        from jem.models.library import LibraryNetwork
+
+        backbone = LibraryNetwork(config)
     backbone.joint = not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules())  # noqa: SLF001, the base of them all
     return backbone

@@ -185,7 +185,6 @@ class ViT(Backbone):
         return torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # how many patches are left is read from the mask
 def _visible(mask: Tensor) -> Tensor:
     """Indices of the patches that are not masked, int64 (N, left), ascending."""
     counts = mask.sum(dim=1)

@@ -50,7 +50,7 @@ def config_of(data: Path, test: Path, storage: Path, name: str, **search: Any) -
             "storage": str(storage),
             "stream": {"canvas": 32, "window": 1},
             "augment": {"views": [{"count": 2, "size": 32, "scale": (0.4, 1.0), "flip": 0.0}]},
-            "backbone": {"stem": "imagenet"},
+            "backbone": {"name": "timm:test_resnet"},  # a small network
             "method": {"name": "vicreg", "expander": (64, 64)},
             "optimizer": {"name": "adamw", "lr": 0.004},
             "schedule": {"warmup_epochs": 0.5},
@@ -155,7 +155,7 @@ def test_the_best_alone_is_registered_and_its_recipe_starts_it_again(resumed, st
     assert version.run_id == result.best.run_id
     assert result.pretrained.pretrained["knn"] == pytest.approx(result.best.objective, abs=0.02)
     batch = read_rows(open_index(str(digits_test)), range(3), 32, 10**6)
-    assert jem.load_encoder(result.pretrained.encoder)(batch.image).shape == (3, 512)
+    assert jem.load_encoder(result.pretrained.encoder)(batch.image).shape == (3, 96)
 
     again = load_config(PretrainConfig, ["--config", result.recipe])
     assert again.name is None
