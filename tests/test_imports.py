@@ -50,3 +50,9 @@ def test_help_and_refusals_do_not_wait_for_heavy_packages(statement: str):
 
 def test_the_library_s_networks_and_losses_need_no_ray_and_no_mlflow():
     assert not loaded_by("import jem.methods, jem.models.backbones, jem.augment.views") & {"ray", "mlflow"}
+
+
+def test_the_compiler_of_torch_is_not_waited_for_where_nothing_is_compiled():
+    code = "import sys, jem.methods, jem.augment.views, jem.evaluate.extract, jem.models.vit; "
+    code += "sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0

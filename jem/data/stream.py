@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     Execution: TypeAlias = Callable[[Sequence[Window]], ray.data.Dataset]
     MakeViews: TypeAlias = Callable[[Batch, Position], Views]
 
-SPAN = 512
-"""Windows in one Ray Data execution."""
+SPAN, FIRST_SPAN = 512, 64
+"""Windows in one Ray Data execution; and in the first, for which the first batch waits: 1 ms for each."""
 STORE_SHARE = 0.3
 """Of the object store, for all workers' streams together; Ray Data alone would take half of it for each."""
 BLOCKS_AHEAD = 4
@@ -253,14 +253,14 @@ def _rows(
     expected = plan.positions(start, stop_epoch)
     lead = max(8, 2 * tasks)
     current: _Span | None = None
-    following = _Span.begin(windows, execution, stream.prefetch, None)
+    following = _Span.begin(windows, min(SPAN, FIRST_SPAN), execution, stream.prefetch, None)
     try:
         while following is not None:
             current, following = following, None
             due = sum(len(window) for window in current.windows[:-lead])
             for taken in range(current.batches):
                 if taken == due:
-                    following = _Span.begin(windows, execution, stream.prefetch, current)
+                    following = _Span.begin(windows, SPAN, execution, stream.prefetch, current)
                 row = current.next(deadline, stream)
                 position = Position(int(row["epoch"]), int(row["step"]))
                 if position != (wanted := next(expected)):
@@ -283,9 +283,11 @@ class _Span:
         self._rows = Ahead(lambda: self._read(execution, before), ahead, "jem-stream")
 
     @classmethod
-    def begin(cls, windows: Iterator[Window], execution: Execution, ahead: int, before: _Span | None) -> _Span | None:
+    def begin(
+        cls, windows: Iterator[Window], count: int, execution: Execution, ahead: int, before: _Span | None
+    ) -> _Span | None:
         """Take the next windows, if there are any, and start to decode them when those `before` are decoded."""
-        some = list(islice(windows, SPAN))
+        some = list(islice(windows, count))
         return cls(some, execution, ahead, before) if some else None
 
     def _read(self, execution: Execution, before: _Span | None) -> Iterator[Arrays]:

@@ -7,7 +7,7 @@ weights of Chen, Xie, He, "An empirical study of training self-supervised vision
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,16 @@ class ViT(Backbone):
         rates = [config.drop_path * i / (DEPTH - 1) for i in range(DEPTH)]
         self.blocks = nn.ModuleList(Block(self.dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(self.dim, eps=1e-6)
+        self._visible = _visible
         self._initialise()
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """As any module's; but not what reads from the mask how many patches are left.
+
+        A decorator would import torch's compiler, for 2 seconds, where nothing is compiled.
+        """
+        self._visible = torch.compiler.disable(_visible)  # type: ignore[no-untyped-call]
+        super().compile(*args, **options)
 
     def _initialise(self) -> None:
         """Xavier uniform (queries, keys and values each on their own), biases 0, tokens of deviation 0.02."""
@@ -181,7 +190,7 @@ class ViT(Backbone):
         # in the weights' type: under autocast the sum, and so what all blocks add to, is float32
         x = x + positions(height // self.patch, width // self.patch, self.dim, x.device).to(self.class_token.dtype)
         if self.mask_token is None and mask is not None:
-            x = torch.take_along_dim(x, _visible(mask)[:, :, None], dim=1)
+            x = torch.take_along_dim(x, self._visible(mask)[:, :, None], dim=1)
         return torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
 
 

@@ -142,13 +142,25 @@ def test_a_shard_listed_twice_loses_nothing(numbered: Index) -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_long_run_goes_through_many_executions_in_order(numbered: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is shorter, as the first batch waits until it is listed."""
     monkeypatch.setattr(stream_module, "SPAN", 9)
+    monkeypatch.setattr(stream_module, "FIRST_SPAN", 4)
+    spans: list[int] = []
+    decoded = stream_module._decoded
+
+    def counted(index: Index, plan: Plan, stream: StreamConfig, windows: Any, *args: Any, **options: Any) -> Any:
+        spans.append(len(windows))
+        return decoded(index, plan, stream, windows, *args, **options)
+
+    monkeypatch.setattr(stream_module, "_decoded", counted)
     plan = Plan(numbered.rows, seed=0, batch_size=20, world=1, window=1)
     start = Position(0, 3)
     windows = len(list(plan.windows(0, start, 2)))
     assert windows > 2 * 9
     found = ray_batches(numbered, plan, SMALL, 0, start, 2, decode_tasks=2)
     assert ids(found) == ids(local_batches(numbered, plan, SMALL, 0, start, 2))
+    rest = windows - 4
+    assert spans == [4, *[9] * (rest // 9), *([rest % 9] if rest % 9 else [])]
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -83,7 +83,11 @@ def test_features_are_the_encoders_own_sorted_by_id(
 
 
 @pytest.mark.ray
-def test_an_image_that_cannot_be_decoded_is_named(ray_cluster: None, encoder: Encoder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("few", [True, False])
+def test_an_image_that_cannot_be_decoded_is_named(
+    ray_cluster: None, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: bool
+) -> None:
+    monkeypatch.setattr(extract, "HERE", extract.HERE if few else 0)
     pq.write_table(pa.table({"image": [{"bytes": b"not an image", "path": "a.jpg"}]}), tmp_path / "part-0.parquet")
     with pytest.raises(RunError, match=r"part-0\.parquet"):
         extract_features(encoder, open_index(str(tmp_path)), STREAM, batch_size=4)

@@ -260,3 +260,21 @@ def test_tokens_are_neither_decayed_nor_scaled_by_lars() -> None:
     assert vit.class_token.dim() == 1
     assert vit.mask_token is not None
     assert vit.mask_token.dim() == 1
+
+
+@pytest.mark.parametrize("masked", ["drop", "token"])
+def test_a_compiled_vit_gives_the_same_for_any_mask_without_a_warning(masked: str, caplog) -> None:
+    vit = make(masked=masked).eval()
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    wanted = [None, *(masks(4, 16, hidden) for hidden in (4, 9, 12))]
+    plain = [vit(images, mask) for mask in wanted]
+    try:
+        vit.compile(backend="eager")  # torch's tracing alone: a compiler is not what is tested
+        for mask, expected in zip(wanted, plain, strict=True):
+            torch.testing.assert_close(vit(images, mask), expected)
+        assert "Graph break" not in caplog.text
+        if masked == "drop":
+            with pytest.raises(ValueError, match="masks hide from"):
+                vit(images, masks(4, 16, 4) & (torch.arange(4) > 0)[:, None])
+    finally:
+        torch.compiler.reset()
