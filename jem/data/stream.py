@@ -276,7 +276,7 @@ def _rows(
 class _Span:
     """One execution, read ahead."""
 
-    def __init__(self, windows: list[Window], execution: Execution, ahead: int, before: _Span | None) -> None:
+    def __init__(self, windows: list[Window], execution: Execution, ahead: int, before: threading.Event | None) -> None:
         self.windows = windows
         self.batches = sum(len(window) for window in windows)
         self.decoded = threading.Event()
@@ -288,12 +288,12 @@ class _Span:
     ) -> _Span | None:
         """Take the next windows, if there are any, and start to decode them when those `before` are decoded."""
         some = list(islice(windows, count))
-        return cls(some, execution, ahead, before) if some else None
+        return cls(some, execution, ahead, before and before.decoded) if some else None
 
-    def _read(self, execution: Execution, before: _Span | None) -> Iterator[Arrays]:
+    def _read(self, execution: Execution, before: threading.Event | None) -> Iterator[Arrays]:
         """The rows, one by one; no copies."""
         rows, closed = execution(self.windows), CLOSED.get()
-        while before is not None and not before.decoded.wait(POLL_SECONDS):
+        while before is not None and not before.wait(POLL_SECONDS):
             if closed is not None and closed.is_set():
                 return
         for block in read_blocks(rows, self.decoded):
