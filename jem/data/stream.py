@@ -9,6 +9,7 @@ taken: no gap between epochs, no millions of objects at the start, and never mor
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 from dataclasses import asdict
@@ -267,6 +268,7 @@ def _rows(
                     raise RunError(f"Ray Data delivered {position} in place of {wanted}: start again with --resume")
                 yield row
             current.close()
+            gc.collect()  # Ray Data leaves circles, which hold the last batches
     finally:
         for span in (following, current):
             if span is not None:
@@ -288,7 +290,7 @@ class _Span:
     ) -> _Span | None:
         """Take the next windows, if there are any, and start to decode them when those `before` are decoded."""
         some = list(islice(windows, count))
-        return cls(some, execution, ahead, before and before.decoded) if some else None
+        return cls(some, execution, ahead, before.decoded if before is not None else None) if some else None
 
     def _read(self, execution: Execution, before: threading.Event | None) -> Iterator[Arrays]:
         """The rows, one by one; no copies."""
