@@ -8,6 +8,7 @@ import itertools
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,26 @@ def test_a_long_run_goes_through_many_executions_in_order(numbered: Index, monke
     assert ids(found) == ids(local_batches(numbered, plan, SMALL, 0, start, 2))
     rest = windows - 4
     assert spans == [4, *[9] * (rest // 9), *([rest % 9] if rest % 9 else [])]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_executions_that_are_over_are_not_kept(numbered: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "SPAN", 9)
+    spans: weakref.WeakSet[object] = weakref.WeakSet()
+    begin = stream_module._Span.begin
+
+    def noted(*args: Any) -> Any:
+        if (span := begin(*args)) is not None:
+            spans.add(span)
+            begun.append(len(spans))
+        return span
+
+    begun: list[int] = []
+    monkeypatch.setattr(stream_module._Span, "begin", noted)
+    plan = Plan(numbered.rows, seed=0, batch_size=20, world=1, window=1)
+    assert len(list(ray_batches(numbered, plan, SMALL, 0, START, 4, decode_tasks=2))) == plan.total_steps(4)
+    assert len(begun) > 4
+    assert max(begun) <= 3, "the one that is read, the next, and one that is not yet collected"
 
 
 @pytest.mark.usefixtures("ray_cluster")
