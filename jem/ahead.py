@@ -79,10 +79,9 @@ class Ahead(Generic[T]):
     """
 
     def __init__(self, make: Callable[[], Iterator[T]], size: int, name: str) -> None:
-        self._make = make
         self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(size)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._read, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._read, args=(make,), name=name, daemon=True)
         self._thread.start()
 
     def take(self, seconds: float | None = None) -> T | None:
@@ -116,10 +115,10 @@ class Ahead(Generic[T]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self) -> None:
+    def _read(self, make: Callable[[], Iterator[T]]) -> None:
         CLOSED.set(self._closed)
         try:
-            items = self._make()
+            items = make()
             for item in items:
                 if not self._put(item, None):
                     break

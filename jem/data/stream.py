@@ -9,7 +9,7 @@ taken: no gap between epochs, no millions of objects at the start, and never mor
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import json
 import threading
 from dataclasses import asdict
@@ -22,7 +22,7 @@ import ray
 import ray.data
 from ray.data import ExecutionResources, TaskPoolStrategy
 
-from jem.ahead import CLOSED, POLL_SECONDS, Ahead
+from jem.ahead import CLOSED, END_SECONDS, POLL_SECONDS, Ahead
 from jem.data.plan import Plan, Position, Window
 from jem.data.read import Arrays, as_batch, read_group, read_window, tell
 from jem.data.scheduling import manifest, read_blocks
@@ -267,8 +267,7 @@ def _rows(
                 if position != (wanted := next(expected)):
                     raise RunError(f"Ray Data delivered {position} in place of {wanted}: start again with --resume")
                 yield row
-            current.close()
-            gc.collect()  # Ray Data leaves circles, which hold the last batches
+            current.end()
     finally:
         for span in (following, current):
             if span is not None:
@@ -313,6 +312,12 @@ class _Span:
         if row is None:
             raise RunError("the stream ended before its last batch: start the run again with --resume")
         return row
+
+    def end(self) -> None:
+        """After the last batch: an execution that ends by itself keeps none, as one does that is cut short."""
+        with contextlib.suppress(Exception):
+            self._rows.take(END_SECONDS)
+        self.close()
 
     def close(self) -> None:
         """End the execution; the next one need not wait for it."""
