@@ -57,7 +57,7 @@ def stream_rates(index: Index) -> None:
         for _ in range(nodes - 1):
             cluster.add_node(**room)
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-        ours = Ours(index, CANVAS, 1, tasks)
+        ours = Ours(index, CANVAS, 1, tasks=tasks)
         ours()
         began = time.perf_counter()
         images = ours()

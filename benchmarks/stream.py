@@ -1,14 +1,15 @@
 """The stream beside Ray's documented recipe and a PyTorch DataLoader: encoded images to uint8 batches.
 
-    python benchmarks/stream.py [photos cifar10 memory] [--rounds 3] [--epochs 3]
+    python benchmarks/stream.py [photos cifar10 memory] [--rounds 3] [--epochs 3] [--batch 128]
 
 photos   400 photographs, repeated to 4,000 with ids of their own, decoded to a canvas of 256
 cifar10  the training set, 32 px, from Parquet
 memory   peak memory of one epoch of photographs, and of one of 20 times as many
 
-Whole epochs, the start of each included. Every way gives shuffled (Ray's recipe: unshuffled) uint8 batches of 128 with
-labels, and the consumer touches every page of each. Ray's recipe has a Ray of its own, as `ray.init()` starts it; jem's
-is the one that `jem pretrain` starts.
+Whole epochs, the start of each included. Every way gives shuffled (Ray's recipe: unshuffled) uint8 batches with labels,
+and the consumer touches every page of each. Ray's recipe has a Ray of its own, as `ray.init()` starts it; jem's is the
+one that `jem pretrain` starts. Beside them stands the least that jem's could take: as many processes as it has decode
+tasks read and decode the same images, without Ray, and give them to nobody.
 """
 
 from __future__ import annotations
@@ -42,20 +43,21 @@ from torchvision.transforms.v2 import functional as tv
 from jem.config import ClusterConfig, StreamConfig
 from jem.data.index import Index, open_index
 from jem.data.plan import Plan, Position
+from jem.data.read import read_window
+from jem.data.shards import COMPRESSION
 from jem.data.stream import ray_batches
+from jem.memory import keep_freed
 from pipelines.cluster import connect
 
 MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory, on Linux
 SHARED = Path(__file__).parent / "../../shared/data"
-BATCH = 128
 WORKERS = 2
 TASKS = WORKERS  # as `jem pretrain` plans on 2 CPUs
-PHOTOS = 4000
-MORE = 20
+BATCH, PHOTOS, MORE = 128, 4000, 20
 
 
 def photographs(folder: Path, count: int) -> None:
-    """A data set of `count` photographs in shards of 500, row groups of 32."""
+    """A data set of `count` photographs in shards of 500, row groups of 32, compressed as by `jem ingest`."""
     files = sorted((SHARED / "photos").glob("*.JPEG"))
     if not files:
         raise SystemExit(f"no photographs in {SHARED / 'photos'}")
@@ -63,9 +65,8 @@ def photographs(folder: Path, count: int) -> None:
         ids = np.arange(low, min(low + 500, count))
         images = [{"bytes": files[number % len(files)].read_bytes(), "path": ""} for number in ids]
         labels = ids % len(files)
-        pq.write_table(
-            pa.table({"image": images, "label": labels, "id": ids}), folder / f"{shard:03d}.parquet", row_group_size=32
-        )
+        table = pa.table({"image": images, "label": labels, "id": ids})
+        pq.write_table(table, folder / f"{shard:03d}.parquet", 32, compression=COMPRESSION, use_dictionary=False)
 
 
 def touch(image: torch.Tensor) -> int:
@@ -87,10 +88,10 @@ def decoded(data: bytes, canvas: int) -> torch.Tensor:
 class Ours:
     """jem's stream, over all epochs; notes the waits for the first batch and, after a first call, for all others."""
 
-    def __init__(self, index: Index, canvas: int, epochs: int, tasks: int = TASKS) -> None:
+    def __init__(self, index: Index, canvas: int, epochs: int, batch: int = BATCH, tasks: int = TASKS) -> None:
         self.index, self.epochs, self.tasks = index, epochs, tasks
         self.stream = StreamConfig(canvas=canvas)
-        self.plan = Plan(index.rows, 0, BATCH, 1, self.stream.window, "carry")
+        self.plan = Plan(index.rows, 0, batch, 1, self.stream.window, "carry")
         self.first: list[float] = []
         self.gaps: list[float] = []
         self.waits: list[float] = []
@@ -110,20 +111,33 @@ class Ours:
         return images
 
 
+def decode_share(folder: str, canvas: int, epochs: int, batch: int, share: int) -> int:
+    """Read and decode a process's share of jem's windows, and give them to nobody; returns the number of images."""
+    torch.set_num_threads(1)  # as in a task of Ray's
+    keep_freed()
+    ours = Ours(open_index(folder), canvas, epochs, batch)
+    windows = list(ours.plan.windows(0, Position(0, 0), epochs))[share::TASKS]
+    return sum(
+        arrays["id"].size
+        for window in windows
+        for arrays in read_window(ours.index, ours.plan, window, canvas, ours.stream.pixel_limit)
+    )
+
+
 # --- Ray's recipe ---------------------------------------------------------------------------------------------------
 
 
-def rays_recipe(folder: str, canvas: int, epochs: int) -> int:
+def rays_recipe(folder: str, canvas: int, epochs: int, size: int) -> int:
     """`read_parquet`, `map_batches` with torchvision's decoder, `iter_torch_batches`."""
 
     def decode(batch: dict[str, Any]) -> dict[str, Any]:
         images = [decoded(row["bytes"], canvas).numpy() for row in batch["image"]]
         return {"image": np.stack(images), "label": batch["label"]}
 
-    data = ray.data.read_parquet(folder).map_batches(decode, batch_size=BATCH)
+    data = ray.data.read_parquet(folder).map_batches(decode)
     images = 0
     for _ in range(epochs):
-        images += sum(touch(batch["image"]) for batch in data.iter_torch_batches(batch_size=BATCH))
+        images += sum(touch(batch["image"]) for batch in data.iter_torch_batches(batch_size=size))
     return images
 
 
@@ -161,11 +175,11 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
         return decoded(self._bytes[at].as_py(), self._canvas), int(self._labels[at])
 
 
-def loader(index: Index, canvas: int) -> DataLoader[tuple[torch.Tensor, int]]:
+def loader(index: Index, canvas: int, batch: int) -> DataLoader[tuple[torch.Tensor, int]]:
     """With workers that stay from epoch to epoch."""
     return DataLoader(
         Images(index, canvas),
-        BATCH,
+        batch,
         shuffle=True,
         num_workers=WORKERS,
         persistent_workers=True,
@@ -183,15 +197,16 @@ def epochs_of(batches: DataLoader[tuple[torch.Tensor, int]], epochs: int) -> int
 
 def compare(title: str, folder: str, canvas: int, arguments: argparse.Namespace) -> None:
     """Print the table of one data set."""
-    index, epochs = open_index(folder), arguments.epochs
-    ours, batches = Ours(index, canvas, epochs), loader(index, canvas)
-    with another_ray() as other:
+    index, epochs, batch = open_index(folder), arguments.epochs, arguments.batch
+    ours, batches = Ours(index, canvas, epochs, batch), loader(index, canvas, batch)
+    shares = [(folder, canvas, epochs, batch, share) for share in range(TASKS)]
+    recipe = (folder, canvas, epochs, batch)
+    with another_ray() as other, multiprocessing.get_context("spawn").Pool(TASKS) as bare:
         ways = [
             Way("jem", ours, "decoding" if canvas > 64 else "decoding, Ray's work for each block"),
-            Way(
-                "Ray's recipe", lambda: other.apply(rays_recipe, (folder, canvas, epochs)), "its epochs' starts, copies"
-            ),
+            Way("Ray's recipe", lambda: other.apply(rays_recipe, recipe), "its epochs' starts, copies"),
             Way("DataLoader, 2 workers", lambda: epochs_of(batches, epochs), "decoding, a copy of each image"),
+            Way("reading and decoding alone, 2 processes", lambda: sum(bare.starmap(decode_share, shares)), "decoding"),
         ]
         print(f"{title}: {len(index)} images, {epochs} epochs", flush=True)
         in_turns(ways, arguments.rounds)
@@ -274,6 +289,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=["photos", "cifar10", "memory"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=BATCH)
     arguments = parser.parse_args()
     with memory_folder() as folder:
         if {"photos", "memory"} & set(arguments.what):

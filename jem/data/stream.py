@@ -45,9 +45,9 @@ SPAN, FIRST_SPAN = 512, 64
 """Windows in one Ray Data execution; and in the first, for which the first batch waits: 1 ms for each."""
 STORE_SHARE = 0.3
 """Of the object store, for all workers' streams together; Ray Data alone would take half of it for each."""
-BLOCKS_AHEAD = 4
-"""Blocks for each decode task that wait to be used: to decode many seconds ahead at the start would take the processor
-from the training meanwhile."""
+AHEAD_BYTES, BLOCKS_AHEAD = 96 * 2**20, 4
+"""Decoded images for each decode task that wait to be used, and blocks at least: with fewer it would wait for room; and
+to decode many seconds ahead at the start would take the processor from the training meanwhile."""
 CHUNK_BYTES = 16 * 2**20
 """Decoded images in one block of the stream, if that is more than one batch."""
 BLOCK_BYTES = 32 * 2**20
@@ -204,7 +204,7 @@ def _decoded(
     # Ray joins what is not larger than this, and cuts what is half as large again: so it leaves ours as they are.
     listed = manifest(rows, blocks, together * batch_bytes)
     store = _cluster()[0].get("object_store_memory", 0.0) * STORE_SHARE / plan.world
-    store = min(store, BLOCKS_AHEAD * tasks * together * batch_bytes)
+    store = min(store, tasks * max(AHEAD_BYTES, BLOCKS_AHEAD * together * batch_bytes))
     listed.context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store)
     return listed.map_batches(
         decode,

@@ -245,6 +245,7 @@ def test_the_next_execution_begins_before_the_last_one_ends_with_no_more_tasks(
     monkeypatch.setattr(pace, "before_execution_starts", starts)
     monkeypatch.setattr(pace, "on_execution_step", steps)
     monkeypatch.setattr(stream_module, "TASK_IMAGES", 60)
+    monkeypatch.setattr(stream_module, "AHEAD_BYTES", 0)
     monkeypatch.setattr(stream_module, "BLOCKS_AHEAD", 2)  # tasks wait until something was taken
     plan = Plan(numbered.rows, seed=0, batch_size=20, world=1, window=1)
     taken = 0
@@ -315,6 +316,7 @@ def _streaming() -> list[str]:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_waits_to_be_taken_takes_no_processor_time(numbered: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "AHEAD_BYTES", 0)
     monkeypatch.setattr(stream_module, "BLOCKS_AHEAD", 1)  # decode tasks have results, and may not give them
     monkeypatch.setattr(stream_module, "TASK_IMAGES", 60)
     plan = Plan(numbered.rows, 0, 20, 1)
