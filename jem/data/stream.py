@@ -314,7 +314,7 @@ class _Span:
         return row
 
     def end(self) -> None:
-        """After the last batch: an execution that ends by itself keeps none, as one does that is cut short."""
+        """After the last batch: let the execution end by itself; cut short, it would keep that batch for a while."""
         with contextlib.suppress(Exception):
             self._rows.take(END_SECONDS)
         self.close()
